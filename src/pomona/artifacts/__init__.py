@@ -1,0 +1,1 @@
+"""What is written down: the run directory, results and reports."""

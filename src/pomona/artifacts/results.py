@@ -1,0 +1,70 @@
+"""From rows of a final evaluation to the numbers people compare."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from pomona.evaluation.experts import expert_load
+from pomona.evaluation.loss import perplexity
+from pomona.federation.graft import selected_experts
+from pomona.federation.update import ClientState
+from pomona.models.experts import ExpertSite
+
+MODELS = ("base", "shared", "personal")
+
+
+def assemble_results(
+    answers: Sequence[Mapping[str, Any]],
+    routing: Sequence[Mapping[str, Any]],
+    sites: Sequence[ExpertSite],
+    private: Mapping[str, ClientState],
+) -> dict[str, Any]:
+    """Return results.json: per model the clients' figures and their mean; selection, gates, routing.
+
+    A model that a method does not have (the shared one of local-only) is null.
+    """
+    grafted = {name: own.graft for name, own in private.items() if own.graft}
+    return {
+        **{model: _of_model([a for a in answers if a["model"] == model]) for model in MODELS},
+        "selection": {n: selected_experts(sites, graft) for n, graft in grafted.items()} or None,
+        "gate_openness": {
+            line["client"]: line["openness"] for line in routing if line["openness"]
+        }
+        or None,
+        "routing": {
+            model: _routing([line for line in routing if line["model"] == model])
+            for model in MODELS
+            if any(line["model"] == model for line in routing)
+        },
+    }
+
+
+def _of_model(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    if not answers:
+        return None
+    names = list(dict.fromkeys(answer["client"] for answer in answers))
+    clients = {name: _of_client([a for a in answers if a["client"] == name]) for name in names}
+    keys = ("loss", "perplexity", "rouge_l")
+    return {
+        "mean": {key: _mean([client[key] for client in clients.values()]) for key in keys},
+        "clients": clients,
+    }
+
+
+def _of_client(answers: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    loss = sum(a["nats"] for a in answers) / sum(a["tokens"] for a in answers)
+    rouge = _mean([a["rouge_l"] for a in answers if a["rouge_l"] is not None])
+    return {"loss": loss, "perplexity": perplexity(loss), "rouge_l": rouge}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _routing(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Pool the clients' token counts: [L, C, E] → load and entropy per layer."""
+    counts_LCE = torch.tensor([line["counts"] for line in lines]).transpose(0, 1)
+    load = expert_load(counts_LCE.sum(1))
+    return {"load": load.share_LE.tolist(), "entropy": load.entropy_L.tolist()}

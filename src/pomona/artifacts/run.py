@@ -1,0 +1,252 @@
+"""The run directory: everything a federation has done, and enough to go on after any interruption.
+
+A round is committed by replacing one small file, `checkpoint/state.json`; whatever a killed process
+left beside it is not referred to and is overwritten or removed. Metrics are appended and cut back to
+their committed length on resume, so that an interrupted run ends with the same bytes as one that was
+not.
+"""
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import quote
+
+from torch import Tensor
+
+import pomona
+from pomona.errors import PomonaError
+from pomona.federation.graft import Graft
+from pomona.federation.strategies import ServerState
+from pomona.federation.update import ClientState
+from pomona.files import atomic_folder, cannot_write, write_json, write_text
+from pomona.models.lora import LoRA
+from pomona.models.peft_format import write_adapter
+from pomona.models.weights import read_tensors, write_tensors
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The last committed round."""
+
+    round: int
+    server: ServerState
+    clients: Mapping[str, str] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """One federation on disk, held by one command at a time.
+
+    `RunDirectory.open` makes it or goes on with it; leaving its `with` block lets it go.
+    """
+
+    path: Path
+    _lock: int = field(repr=False, compare=False)
+
+    @classmethod
+    def open(cls, path: Path, recipe: str, about: Mapping[str, Any]) -> Self:
+        """Open `path` for the run that `recipe` (TOML text) describes.
+
+        Raises `PomonaError` when the folder holds another run or something else, or is in use.
+        """
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise cannot_write(path, error) from error
+        _hold(lock, path)
+        for partial in path.rglob(".*.partial"):
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+        run = cls(path, lock)
+        if not any(path.iterdir()):
+            write_json(path / "run.json", {"format": FORMAT, **_versions(), **about})
+        _check_same(path, recipe)
+        return run
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        os.close(self._lock)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the final results are written."""
+        return (self.path / "results.json").is_file()
+
+    def snapshot(self) -> Snapshot | None:
+        """Return the last committed round, or None for a new run; forget what came after it."""
+        state = self._read_state()
+        if state is None:
+            (self.path / "metrics.jsonl").unlink(missing_ok=True)
+            return None
+        with (self.path / "metrics.jsonl").open("r+b") as metrics:
+            metrics.truncate(state["metrics_bytes"])
+        tensors = read_tensors(self.path / "checkpoint" / state["server"])
+        server = ServerState(_part(tensors, "shared"), _part(tensors, "memory"))
+        return Snapshot(state["round"], server, state["clients"])
+
+    def client(self, snapshot: Snapshot, name: str) -> ClientState:
+        """Return a client's private state as of a snapshot."""
+        tensors = read_tensors(self.path / "checkpoint" / snapshot.clients[name])
+        return ClientState(_part(tensors, "adapter"), _part(tensors, "graft"))
+
+    def commit(
+        self,
+        previous: Snapshot | None,
+        round_: int,
+        server: ServerState,
+        clients: Mapping[str, ClientState],
+        metrics: Sequence[Mapping[str, Any]],
+    ) -> Snapshot:
+        """Make a round final: new files first, then the one rename that makes them count."""
+        folder = self.path / "checkpoint"
+        files = dict(previous.clients) if previous else {}
+        for name, state in clients.items():
+            files[name] = f"{quote(name, safe='')}.{round_}.safetensors"
+            tensors = _named("adapter", state.adapter) | _named("graft", state.graft)
+            write_tensors(folder / files[name], tensors, {"round": str(round_)})
+        server_file = f"server.{round_}.server.safetensors"
+        write_tensors(
+            folder / server_file,
+            _named("shared", server.shared) | _named("memory", server.memory),
+            {"round": str(round_)},
+        )
+        length = self._append("metrics.jsonl", metrics)
+        state = {"round": round_, "metrics_bytes": length, "server": server_file, "clients": files}
+        write_json(folder / "state.json", state)
+        for stale in set(folder.iterdir()) - {folder / f for f in (*files.values(), server_file)}:
+            if stale.name != "state.json":
+                stale.unlink()
+        return Snapshot(round_, server, files)
+
+    def note_time(self, entry: Mapping[str, Any]) -> None:
+        """Append to timings.jsonl, the one file that differs between equal runs."""
+        self._append("timings.jsonl", [entry])
+
+    def publish_shared(self, lora: LoRA, tensors: Mapping[str, Tensor], base: str) -> None:
+        """Write the shared part as a PEFT adapter folder."""
+        _replace_adapter(self.path / "shared", lora, tensors, base)
+
+    def publish_client(
+        self, name: str, state: ClientState, lora: LoRA, graft: Graft | None, base: str
+    ) -> None:
+        """Write what one client keeps: its graft folder and, if private, its adapter."""
+        folder = self.path / "clients" / name
+        if state.adapter:
+            _replace_adapter(folder / "adapter", lora, state.adapter, base)
+        if graft is not None:
+            shutil.rmtree(folder / "graft", ignore_errors=True)
+            write_graft(folder / "graft", graft, state.graft, base)
+
+    def write_answers(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write the final evaluation row by row."""
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_text(self.path / "answers.jsonl", text)
+
+    def finish(self, results: Mapping[str, Any]) -> None:
+        """Write the results, which makes the run finished, and drop the checkpoint."""
+        write_json(self.path / "results.json", results)
+        shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
+
+    def results(self) -> dict[str, Any]:
+        """Return the final results of a finished run."""
+        return json.loads((self.path / "results.json").read_text("utf-8"))
+
+    def _read_state(self) -> dict[str, Any] | None:
+        path = self.path / "checkpoint" / "state.json"
+        return json.loads(path.read_text("utf-8")) if path.is_file() else None
+
+    def _append(self, name: str, entries: Sequence[Mapping[str, Any]]) -> int:
+        path = self.path / name
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(e, ensure_ascii=False) + "\n" for e in entries)
+                file.flush()
+                os.fsync(file.fileno())
+                return file.tell()
+        except OSError as error:
+            raise cannot_write(path, error) from error
+
+
+def write_graft(folder: Path, graft: Graft, tensors: Mapping[str, Tensor], base: str) -> None:
+    """Write one client's graft: graft.safetensors and graft_config.json."""
+    config = {
+        "pomona": pomona.__version__,
+        "base_model": base,
+        "form": graft.form,
+        "rank": graft.rank,
+        "alpha": graft.alpha,
+        "bias": graft.bias,
+    }
+    with atomic_folder(folder) as partial:
+        write_tensors(partial / "graft.safetensors", tensors, {"format": "pt"})
+        write_json(partial / "graft_config.json", config)
+
+
+def read_graft(folder: Path) -> tuple[Graft, dict[str, Tensor]]:
+    """Read a graft folder back; raises `PomonaError` when it is none."""
+    path = folder / "graft_config.json"
+    if not path.is_file():
+        raise PomonaError(f"{folder} holds no graft_config.json; give a client's graft folder")
+    config = json.loads(path.read_text("utf-8"))
+    graft = Graft(
+        form=config["form"], rank=config["rank"], alpha=config["alpha"], bias=config["bias"]
+    )
+    return graft, read_tensors(folder / "graft.safetensors")
+
+
+def _replace_adapter(folder: Path, lora: LoRA, tensors: Mapping[str, Tensor], base: str) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    write_adapter(folder, lora, tensors, base)
+
+
+def _named(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{part}/{name}": value for name, value in tensors.items()}
+
+
+def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    prefix = f"{part}/"
+    return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
+
+
+def _hold(lock: int, path: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        raise PomonaError(f"{path} is in use by another command; wait until it ends") from error
+
+
+def _check_same(path: Path, recipe: str) -> None:
+    """A folder belongs to one recipe for good."""
+    known, about = path / "recipe.toml", path / "run.json"
+    if not about.is_file():
+        raise PomonaError(f"{path} holds files that are no run; choose an empty or new folder")
+    if json.loads(about.read_text("utf-8")).get("format") != FORMAT:
+        raise PomonaError(f"{path} was written by another version of Pomona; choose a new folder")
+    if not known.is_file():
+        write_text(known, recipe)
+    elif known.read_text("utf-8") != recipe:
+        raise PomonaError(
+            f"{path} holds the run of another recipe ({known}); choose a new folder, or give "
+            "that recipe to go on with it"
+        )
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "transformers", "peft", "safetensors", "numpy")
+    return {
+        "pomona": pomona.__version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+    }

@@ -1,0 +1,3 @@
+"""`pomona demo`."""
+def demo() -> None:
+    """Demo."""

@@ -1,0 +1,59 @@
+"""`pomona evaluate`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or Hub id.")]
+Text = Annotated[
+    str | None,
+    typer.Option("--text", help="Plain text: a file, a folder of domains or a glob.", metavar="PATH"),
+]
+Rows = Annotated[
+    Path | None, typer.Option("--rows", help="Instruction rows (.jsonl).", metavar="FILE")
+]
+Adapter = Annotated[
+    Path | None, typer.Option("--adapter", help="PEFT adapter folder to attach.", metavar="DIR")
+]
+Graft = Annotated[
+    Path | None, typer.Option("--graft", help="A client's graft folder to attach.", metavar="DIR")
+]
+Limit = Annotated[int, typer.Option("--limit", help="Rows, or windows per domain, to use.")]
+Length = Annotated[int, typer.Option("--length", help="Longest row or window, in tokens.")]
+NewTokens = Annotated[int, typer.Option("--new-tokens", help="Longest answer; 0 skips answers.")]
+Json = Annotated[
+    Path | None, typer.Option("--json", help="Also write the figures here.", metavar="FILE")
+]
+TemplateName = Annotated[str, typer.Option("--template", help="Prompt template: alpaca or chat.")]
+
+
+def evaluate(
+    model: Model,
+    text: Text = None,
+    rows: Rows = None,
+    adapter: Adapter = None,
+    graft: Graft = None,
+    template: TemplateName = "alpaca",
+    limit: Limit = 64,
+    length: Length = 512,
+    new_tokens: NewTokens = 64,
+    json: Json = None,
+) -> None:
+    """Measure a model: perplexity of text, answer loss and ROUGE-L of rows.
+
+    With --adapter and --graft it is a client's personal model that is measured.
+    """
+    from pomona.cli.console import print_table, progress_bars
+    from pomona.evaluate import measure
+    from pomona.files import write_json
+
+    with progress_bars() as progress:
+        figures = measure(
+            model, text, rows, adapter, graft, template, limit, length, new_tokens, progress
+        )
+    columns = list(next(iter(figures.values())))
+    table = [[name, *(f"{own[column]:.3f}" for column in columns)] for name, own in figures.items()]
+    print_table(model, ["on", *columns], table)
+    if json is not None:
+        write_json(json, {"model": model, "figures": figures})

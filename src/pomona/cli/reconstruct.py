@@ -1,0 +1,49 @@
+"""`pomona reconstruct`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str | None, typer.Argument(metavar="[MODEL]", help="Dense checkpoint: folder or Hub id.")
+]
+Domains = Annotated[
+    str | None,
+    typer.Option("--domains", help="Folder (or glob) of one .jsonl/.txt per domain.", metavar="DIR"),
+]
+Out = Annotated[Path, typer.Option("--out", metavar="OUT", help="New folder for the checkpoint.")]
+Experts = Annotated[int | None, typer.Option("--experts", help="Experts per layer.")]
+Active = Annotated[int | None, typer.Option("--active", help="Experts per token.")]
+Keep = Annotated[float | None, typer.Option("--keep", help="Share of FFN channels per expert.")]
+Recipe = Annotated[
+    Path | None, typer.Option("--recipe", help="TOML recipe that says this and more.", metavar="FILE")
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of windows and fits.")]
+
+
+def reconstruct(
+    out: Out,
+    model: Model = None,
+    domains: Domains = None,
+    experts: Experts = None,
+    active: Active = None,
+    keep: Keep = None,
+    seed: Seed = None,
+    recipe: Recipe = None,
+) -> None:
+    """Turn a dense model into a stock mixture of experts.
+
+    Calibrates on every domain, groups the domains, prunes the FFN once per group and assembles the
+    pruned FFNs as experts with a fitted router. OUT opens with plain transformers.
+    """
+    from pomona.cli.console import console, progress_bars
+    from pomona.recipe.reconstruct import read_reconstruct_recipe
+    from pomona.reconstruct import reconstruct as run_reconstruct
+
+    given = {"model": model, "domains": domains, "experts": experts, "active": active}
+    source = read_reconstruct_recipe(recipe, {**given, "keep": keep, "seed": seed})
+    with progress_bars() as progress:
+        made = run_reconstruct(source.model, source.load_domains(), out, source.settings, progress)
+    console.print(str(made))
+    console.print(f"{out} opens with AutoModelForCausalLM.from_pretrained")

@@ -1,0 +1,1 @@
+"""Records and text: formats, templates, examples, windows."""

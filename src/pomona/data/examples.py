@@ -1,0 +1,101 @@
+"""Rows as tokens: an example knows where its answer begins, a batch which tokens are answers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from pomona.data.row import Row
+from pomona.data.templates import Template
+from pomona.shapes import Tokens
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt with its answer; tokens from `prompt_length` on are the answer and its end."""
+
+    input_ids: tuple[int, ...] = field(repr=False)
+    prompt_length: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded examples [B, T]; labels are answer tokens."""
+
+    input_ids_BT: Tensor
+    attention_mask_BT: Tensor
+    label_mask_BT: Tensor
+
+
+def encode(
+    row: Row, template: Template, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Example:
+    """Return a row's tokens, at most `max_length`.
+
+    Too long an answer is cut to half of `max_length`, and a prompt to what is left, from its left:
+    its end, where the answer is asked for, stays.
+    """
+    answer = _tokens(row.response.strip(), tokenizer)
+    if tokenizer.eos_token_id is not None:
+        answer.append(int(tokenizer.eos_token_id))
+    prompt = _prompt_tokens(row, template, tokenizer)
+    if len(prompt) + len(answer) > max_length:
+        answer = answer[: max(max_length // 2, max_length - len(prompt))]
+    kept = _keep_end(prompt, max_length - len(answer))
+    return Example((*kept, *answer), len(kept))
+
+
+def encode_prompt(
+    row: Row, template: Template, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[int]:
+    """Return the tokens after which a model is to answer: the same that `encode` begins with."""
+    return _keep_end(_prompt_tokens(row, template, tokenizer), max_length)
+
+
+def collate(examples: Sequence[Example], pad_id: int) -> Batch:
+    """Return a right-padded batch."""
+    length = max(len(example.input_ids) for example in examples)
+    input_ids_BT = torch.full((len(examples), length), pad_id, dtype=torch.int64)
+    size_B = torch.tensor([len(example.input_ids) for example in examples])
+    start_B = torch.tensor([example.prompt_length for example in examples])
+    for row, example in enumerate(examples):
+        input_ids_BT[row, : len(example.input_ids)] = torch.tensor(example.input_ids)
+    place_T = torch.arange(length)
+    real_BT = place_T < size_B.unsqueeze(1)
+    return Batch(input_ids_BT, real_BT.long(), real_BT & (place_T >= start_B.unsqueeze(1)))
+
+
+def collate_prompts(
+    prompts: Sequence[Sequence[int]], pad_id: int
+) -> tuple[Tokens, Int[Tensor, "B T"]]:
+    """Return left-padded prompts and their attention mask, for generation."""
+    length = max(map(len, prompts))
+    input_ids_BT = torch.full((len(prompts), length), pad_id, dtype=torch.int64)
+    mask_BT = torch.zeros_like(input_ids_BT)
+    for row, prompt in enumerate(prompts):
+        input_ids_BT[row, length - len(prompt) :] = torch.tensor(prompt)
+        mask_BT[row, length - len(prompt) :] = 1
+    return input_ids_BT, mask_BT
+
+
+def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # pyright: ignore
+
+
+def _prompt_tokens(
+    row: Row, template: Template, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """Prompt and answer are encoded apart, so that the prompt's tokens never depend on the answer."""
+    tokens = _tokens(template.prompt(row, tokenizer), tokenizer)
+    bos = tokenizer.bos_token_id
+    return tokens if bos is None or tokens[:1] == [bos] else [int(bos), *tokens]
+
+
+def _keep_end(tokens: list[int], length: int) -> list[int]:
+    """Keep the first token (it may be the beginning-of-sequence token) and the last ones."""
+    return tokens if len(tokens) <= length else [tokens[0], *tokens[len(tokens) - length + 1 :]]
+
+

@@ -1,0 +1,27 @@
+"""The Alpaca prompt (Taori et al., Stanford Alpaca, 2023), which FLEx trains with."""
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from pomona.data.row import Row
+
+_WITH_CONTEXT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{context}\n\n### Response:\n"
+)
+_ALONE = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+)
+
+
+@dataclass(frozen=True)
+class Alpaca:
+    """Two forms, with and without an input."""
+
+    def prompt(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
+        """Return the prompt; it does not depend on the tokenizer."""
+        form = _WITH_CONTEXT if row.context.strip() else _ALONE
+        return form.format(instruction=row.instruction.strip(), context=row.context.strip())

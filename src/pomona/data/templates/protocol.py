@@ -1,0 +1,15 @@
+"""What a template is."""
+
+from typing import Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from pomona.data.row import Row
+
+
+class Template(Protocol):
+    """Turns a row into the text after which the answer begins."""
+
+    def prompt(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
+        """Return the prompt's text; its beginning-of-sequence token is added when encoding."""
+        ...

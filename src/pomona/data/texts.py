@@ -1,0 +1,117 @@
+"""Plain text by domain, and windows of tokens from it."""
+
+from collections.abc import Sequence
+from glob import glob, has_magic
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from pomona.data.records import read_records, read_utf8, text_field
+from pomona.errors import PomonaError
+from pomona.seeds import numpy_generator
+from pomona.shapes import Tokens
+
+_HELD_OUT = (".valid.", ".test.")
+
+
+def read_domains(
+    source: Path | str, split: Literal["train", "valid"] = "train"
+) -> dict[str, list[str]]:
+    """Read one domain per .jsonl or .txt file of a folder, or of the files a glob matches.
+
+    A domain is named by its file up to the first dot. Files called NAME.valid.* or NAME.test.* are
+    held out: "train" passes over them, "valid" reads only them. Sorted by name. Raises
+    `PomonaError` for a missing folder, an empty file, or two files of one name.
+    """
+    paths = _domain_files(source)
+    held_out = split == "valid"
+    domains: dict[str, list[str]] = {}
+    for path in paths:
+        if any(mark in path.name for mark in _HELD_OUT) != held_out:
+            continue
+        name = path.name.partition(".")[0]
+        if name in domains:
+            raise PomonaError(f'{path} is a second file of the domain "{name}"; join or rename them')
+        domains[name] = read_texts(path)
+    if not domains:
+        kind = "held-out .valid." if held_out else ""
+        raise PomonaError(f"{source} holds no {kind} .jsonl or .txt files; put one per domain there")
+    return domains
+
+
+def read_texts(path: Path) -> list[str]:
+    """Read the documents of a .jsonl (field "text") or .txt file (separated by blank lines)."""
+    if path.suffix == ".jsonl":
+        texts = [text_field(r, "text", f"{path}:{line}") for line, r in read_records(path)]
+    else:
+        texts = read_utf8(path).split("\n\n")
+    kept = [text.strip() for text in texts if text.strip()]
+    if not kept:
+        raise PomonaError(f"{path} is empty; it should hold the text of one domain")
+    return kept
+
+
+def sample_windows(
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    length: int,
+    seed: int | str,
+    domain: str,
+) -> Tokens:
+    """Return `count` random windows of `length` tokens, [count, length].
+
+    DIVE (arXiv 2506.09351), calibration: a window of a random text that is long enough, or of
+    randomly drawn short texts joined until they are, each with its own beginning-of-sequence token.
+    A function of (seed, domain). Raises `PomonaError` when the domain has less than one window.
+    """
+    documents = encode_texts(texts, tokenizer)
+    found = sum(map(len, documents))
+    if found < length:
+        raise PomonaError(
+            f'domain "{domain}" has {found} tokens, fewer than one window of {length}; give it more '
+            "text or use shorter windows"
+        )
+    generator = numpy_generator(seed, "windows", domain)
+    windows: list[list[int]] = []
+    while len(windows) < count:
+        joined: list[int] = []
+        while len(joined) < length:
+            joined += documents[int(generator.integers(len(documents)))]
+        start = int(generator.integers(len(joined) - length + 1))
+        windows.append(joined[start : start + length])
+    return torch.tensor(windows)
+
+
+def consecutive_windows(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, limit: int = 0
+) -> Tokens:
+    """Return non-overlapping windows of all texts in a row, [n, length], at most `limit` (0: all).
+
+    A rest shorter than a window is left out; text shorter than one window gives a single short one.
+    """
+    joined = [token for document in encode_texts(texts, tokenizer) for token in document]
+    length = min(length, len(joined))
+    whole = len(joined) // length
+    windows_BT = torch.tensor(joined[: whole * length]).view(whole, length)
+    return windows_BT[: limit or None]
+
+
+def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Return each text's tokens, led by the beginning-of-sequence token where one is defined."""
+    encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    bos = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+    return [[*bos, *tokens] for tokens in encoded]  # pyright: ignore[reportGeneralTypeIssues]
+
+
+def _domain_files(source: Path | str) -> list[Path]:
+    text = str(source)
+    if has_magic(text) and not Path(text).is_dir():
+        paths = [Path(match) for match in glob(text)]  # noqa: PTH207 - absolute patterns
+    elif Path(text).is_dir():
+        paths = list(Path(text).iterdir())
+    else:
+        raise PomonaError(f"{text} is not a folder; it should hold one .jsonl or .txt per domain")
+    return sorted(path for path in paths if path.suffix in (".jsonl", ".txt"))

@@ -1,0 +1,1 @@
+"""Perplexity, answers, ROUGE-L, expert load, intervals."""

@@ -1,0 +1,43 @@
+"""Greedy answers of many prompts at once."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from pomona.data.examples import collate_prompts
+
+
+@torch.no_grad()
+def greedy_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    batch_size: int = 32,
+) -> list[str]:
+    """Return the greedy answer to every prompt, at most `new_tokens` tokens, in the order given.
+
+    Prompts of like length share a left-padded batch; decoding uses the KV cache.
+    """
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    config = GenerationConfig(
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        eos_token_id=eos,
+        pad_token_id=eos if pad is None else pad,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers: dict[int, str] = {}
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        input_ids_BT, mask_BT = collate_prompts(
+            [prompts[i] for i in chosen], int(config.pad_token_id or 0)
+        )
+        output_BT = model.generate(
+            input_ids=input_ids_BT, attention_mask=mask_BT, generation_config=config
+        )
+        for i, tokens in zip(chosen, output_BT[:, input_ids_BT.shape[1] :], strict=True):
+            answers[i] = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+    return [answers[i] for i in range(len(prompts))]

@@ -1,0 +1,63 @@
+"""Nats per token: of answers and of plain text."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as fn
+
+from pomona.data.examples import Example, collate
+from pomona.models.logits import labelled_logits
+from pomona.shapes import Tokens
+
+
+@dataclass(frozen=True)
+class RowLoss:
+    """The summed negative log-likelihood of one row's answer and how many tokens it has."""
+
+    nats: float
+    tokens: int
+
+
+@torch.no_grad()
+def answer_losses(
+    model: torch.nn.Module, examples: Sequence[Example], pad_id: int, batch_size: int = 32
+) -> list[RowLoss]:
+    """Return every example's answer loss, in the order given.
+
+    Rows of like length share a batch, so that little padding is computed.
+    """
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
+    losses: dict[int, RowLoss] = {}
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = collate([examples[i] for i in chosen], pad_id)
+        logits_ZV = labelled_logits(
+            model, batch.input_ids_BT, batch.attention_mask_BT, batch.label_mask_BT
+        )
+        nats_Z = fn.cross_entropy(
+            logits_ZV.float(), batch.input_ids_BT[batch.label_mask_BT], reduction="none"
+        )
+        tokens_B = batch.label_mask_BT.sum(1).tolist()
+        for i, nats_row in zip(chosen, nats_Z.split(tokens_B), strict=True):
+            losses[i] = RowLoss(float(nats_row.double().sum()), len(nats_row))
+    return [losses[i] for i in range(len(examples))]
+
+
+@torch.no_grad()
+def text_loss(model: torch.nn.Module, windows_BT: Tokens, batch_size: int = 16) -> float:
+    """Return the mean nats per predicted token of plain text windows."""
+    total, tokens = 0.0, 0
+    for input_ids_BT in windows_BT.split(batch_size):
+        logits = model(input_ids=input_ids_BT, use_cache=False).logits[:, :-1]
+        target = input_ids_BT[:, 1:]
+        nats = fn.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="none")
+        total += float(nats.double().sum())
+        tokens += target.numel()
+    return total / tokens
+
+
+def perplexity(nats: float) -> float:
+    """Return exp(nats per token)."""
+    return math.exp(nats)

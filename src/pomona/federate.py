@@ -1,0 +1,338 @@
+"""Federate: sites tune one mixture of experts together, each with a private expert of its own.
+
+FLEx (arXiv 2506.00965): graft once → rounds of {sample → train a cohort → aggregate → evaluate} →
+results. The in-process engine: the sampled clients of a cohort train in one batch.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any, Literal
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from pomona.artifacts.results import assemble_results
+from pomona.artifacts.run import RunDirectory, Snapshot
+from pomona.data.examples import Example, collate, encode
+from pomona.data.templates import Alpaca, Template
+from pomona.errors import PomonaError
+from pomona.federation.clients import ClientData, ClientRows
+from pomona.federation.cohort import FrozenBase
+from pomona.federation.graft import Graft
+from pomona.federation.local import LocalTraining, Task, train_cohort
+from pomona.federation.measure import Evaluation, answers_of, loss_summary, losses_of, routing_of
+from pomona.federation.sampling import participants
+from pomona.federation.strategies import FedAvg, Strategy
+from pomona.federation.update import ClientState, Update, join, split
+from pomona.models.experts import ExpertSite, find_expert_sites, freeze
+from pomona.models.loading import context_length, load_model, load_tokenizer
+from pomona.models.lora import LoRA
+from pomona.seeds import seed_of
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class FederateSettings:
+    """A federation, whole: what a recipe says and `federate` does."""
+
+    model: str = field(metadata={"path": True})
+    data: ClientData
+    name: str = "federation"
+    seed: int = 0
+    rounds: int = 20
+    fraction: float = 1.0
+    cohort: int = 16
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    template: Template = field(default_factory=Alpaca)
+    max_length: int = 512
+    adapter: LoRA = field(default_factory=LoRA)
+    graft: Graft | None = None
+    strategy: Strategy = field(default_factory=FedAvg)
+    local: LocalTraining = field(default_factory=LocalTraining)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "cohort", "max_length"):
+            if getattr(self, name) < 1:
+                raise PomonaError(f"{name} {getattr(self, name)} is not positive; use 1 or more")
+        if not 0 < self.fraction <= 1:
+            raise PomonaError(f"fraction {self.fraction} is not between 0 and 1")
+        if self.evaluation.new_tokens >= self.max_length:
+            raise PomonaError(
+                f"evaluation new_tokens {self.evaluation.new_tokens} leave no room for a prompt in "
+                f"max_length {self.max_length}; make one smaller or the other larger"
+            )
+
+
+@dataclass(frozen=True)
+class _Federation:
+    """What every stage of one run needs."""
+
+    settings: FederateSettings
+    run: RunDirectory
+    base: FrozenBase
+    tokenizer: PreTrainedTokenizerBase
+    pad_id: int
+    rows: Mapping[str, ClientRows]
+    train: Mapping[str, Sequence[Example]]
+    test: Mapping[str, Sequence[Example]]
+    progress: Progress
+
+
+def federate(
+    settings: FederateSettings, run: RunDirectory, progress: Progress = lambda *_: None
+) -> dict[str, Any]:
+    """Run, or go on with, a federation in `run` and return its results (see `artifacts.results`).
+
+    Raises `PomonaError` for whatever is wrong with the model, the data or the disk.
+    """
+    if run.finished:
+        return run.results()
+    federation = _prepare(settings, run, progress)
+    snapshot = run.snapshot() or _begin(federation)
+    for round_ in range(snapshot.round + 1, settings.rounds + 1):
+        progress("rounds", round_ - 1, settings.rounds)
+        snapshot = _round(federation, snapshot, round_)
+    progress("rounds", settings.rounds, settings.rounds)
+    return _finish(federation, snapshot)
+
+
+def _prepare(settings: FederateSettings, run: RunDirectory, progress: Progress) -> _Federation:
+    rows = settings.data.load(settings.seed)
+    tokenizer = load_tokenizer(settings.model)
+    model = load_model(settings.model, settings.dtype)
+    if settings.max_length > context_length(model):
+        raise PomonaError(
+            f"max_length {settings.max_length} is longer than the context of {settings.model}, "
+            f"{context_length(model)} tokens; make max_length smaller"
+        )
+    freeze(model)
+    base = FrozenBase(model, settings.adapter, settings.graft, _sites(model, settings.graft))
+    limit = settings.evaluation.rows or None
+
+    def encoded(which: Sequence[Any]) -> list[Example]:
+        return [encode(row, settings.template, tokenizer, settings.max_length) for row in which]
+
+    return _Federation(
+        settings,
+        run,
+        base,
+        tokenizer,
+        tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        rows,
+        {name: encoded(client.train) for name, client in rows.items()},
+        {name: encoded(client.test[:limit]) for name, client in rows.items()},
+        progress,
+    )
+
+
+def _sites(model: Any, graft: Graft | None) -> tuple[ExpertSite, ...]:
+    """A graft needs experts to grow from; without one, a dense model federates as well."""
+    try:
+        return tuple(find_expert_sites(model))
+    except PomonaError:
+        if graft is not None:
+            raise
+        return ()
+
+
+def _begin(federation: _Federation) -> Snapshot:
+    """Choose every client's experts, give birth to its private state, measure the untuned base."""
+    settings, base = federation.settings, federation.base
+    adapter = base.init_adapter(settings.seed)
+    shared, own_adapter = split(ClientState(adapter), settings.strategy.shares)
+    clients: dict[str, ClientState] = {}
+    for done, name in enumerate(federation.train):
+        federation.progress("grafting", done, len(federation.train))
+        graft = base.init_graft(settings.seed, name, _select(federation, name))
+        clients[name] = ClientState(own_adapter.adapter, graft)
+    metrics = [
+        _loss_line(federation, 0, "base", name, ClientState()) for name in federation.train
+    ]
+    return federation.run.commit(None, 0, settings.strategy.init(shared), clients, metrics)
+
+
+def _select(federation: _Federation, name: str) -> list[int]:
+    """Choose from the client's own training rows and nothing else."""
+    graft, examples = federation.settings.graft, federation.train[name]
+    if graft is None:
+        return []
+    batches = [collate(examples[i : i + 8], federation.pad_id) for i in range(0, len(examples), 8)]
+    seed = seed_of(federation.settings.seed, "selection", name)
+    return graft.selection(federation.base.model, federation.base.sites, batches, seed)
+
+
+def _round(federation: _Federation, snapshot: Snapshot, round_: int) -> Snapshot:
+    """Sample → train cohorts → aggregate → evaluate → commit."""
+    settings, began = federation.settings, monotonic()
+    chosen = participants(settings.seed, round_, list(federation.train), settings.fraction)
+    private: dict[str, ClientState] = {}
+    updates: list[Update] = []
+    metrics: list[dict[str, Any]] = []
+    for start in range(0, len(chosen), settings.cohort):
+        names = chosen[start : start + settings.cohort]
+        for name, state, losses in _train(federation, snapshot, names, round_):
+            shared, private[name] = split(state, settings.strategy.shares)
+            if shared:
+                updates.append(Update(name, len(federation.train[name]), shared))
+            metrics.append({"round": round_, "model": "training", "client": name, "losses": losses})
+    server = settings.strategy.aggregate(snapshot.server, updates)
+    metrics.append(_communication(round_, snapshot.server.shared, updates, len(chosen)))
+    trained = monotonic() - began
+    if round_ % settings.evaluation.every == 0 or round_ == settings.rounds:
+        metrics += _evaluate(federation, snapshot, private, server.shared, round_)
+    committed = federation.run.commit(snapshot, round_, server, private, metrics)
+    federation.run.note_time(
+        {"round": round_, "training": trained, "round_seconds": monotonic() - began}
+    )
+    return committed
+
+
+def _train(
+    federation: _Federation, snapshot: Snapshot, names: Sequence[str], round_: int
+) -> list[tuple[str, ClientState, list[float]]]:
+    settings = federation.settings
+    tasks = [
+        Task(
+            name,
+            join(snapshot.server.shared, federation.run.client(snapshot, name)),
+            federation.train[name],
+        )
+        for name in names
+    ]
+    states, losses = train_cohort(
+        federation.base,
+        tasks,
+        settings.local,
+        settings.strategy,
+        settings.seed,
+        round_,
+        settings.rounds,
+        federation.pad_id,
+    )
+    return list(zip(names, states, losses.tolist(), strict=True))
+
+
+def _evaluate(
+    federation: _Federation,
+    snapshot: Snapshot,
+    private: Mapping[str, ClientState],
+    shared: Mapping[str, Tensor],
+    round_: int,
+) -> list[dict[str, Any]]:
+    """Measure the shared model and every personal model on each client's test rows."""
+    lines: list[dict[str, Any]] = []
+    for done, name in enumerate(federation.test):
+        federation.progress("evaluating", done, len(federation.test))
+        own = private.get(name) or federation.run.client(snapshot, name)
+        for kind, state in _models(shared, own).items():
+            lines.append(_loss_line(federation, round_, kind, name, state))
+    return lines
+
+
+def _models(shared: Mapping[str, Tensor], private: ClientState) -> dict[str, ClientState]:
+    """Return the models a client can be served by: the shared one and, if it has one, its own."""
+    models: dict[str, ClientState] = {}
+    if shared:
+        models["shared"] = ClientState(shared)
+    if private.adapter or private.graft:
+        models["personal"] = join(shared, private)
+    return models
+
+
+def _loss_line(
+    federation: _Federation, round_: int, kind: str, name: str, state: ClientState
+) -> dict[str, Any]:
+    losses = losses_of(
+        federation.base,
+        state,
+        federation.test[name],
+        federation.pad_id,
+        federation.settings.evaluation,
+    )
+    return {"round": round_, "model": kind, "client": name, **loss_summary(losses)}
+
+
+def _communication(
+    round_: int, sent: Mapping[str, Tensor], updates: Sequence[Update], clients: int
+) -> dict[str, Any]:
+    """Count what the server sends to each client of a round and what it receives."""
+
+    def size(tensors: Mapping[str, Tensor]) -> int:
+        return sum(value.nbytes for value in tensors.values())
+
+    return {
+        "round": round_,
+        "model": "communication",
+        "sent_bytes": size(sent) * clients,
+        "received_bytes": sum(size(update.shared) for update in updates),
+    }
+
+
+def _finish(federation: _Federation, snapshot: Snapshot) -> dict[str, Any]:
+    """Evaluate answers, publish what a user keeps, write the results last."""
+    settings, run = federation.settings, federation.run
+    shared = snapshot.server.shared
+    answers: list[dict[str, Any]] = []
+    routing: list[dict[str, Any]] = []
+    private = {name: run.client(snapshot, name) for name in federation.test}
+    for done, (name, own) in enumerate(private.items()):
+        federation.progress("answering", done, len(private))
+        for kind, state in {"base": ClientState(), **_models(shared, own)}.items():
+            answers += _answer_lines(federation, name, kind, state)
+            if federation.base.sites:
+                routing.append(_routing_line(federation, name, kind, state))
+    if shared:
+        run.publish_shared(settings.adapter, shared, settings.model)
+    for name, own in private.items():
+        run.publish_client(name, own, settings.adapter, settings.graft, settings.model)
+    run.write_answers(answers)
+    results = assemble_results(answers, routing, federation.base.sites, private)
+    run.finish(results)
+    federation.progress("answering", len(private), len(private))
+    return results
+
+
+def _answer_lines(
+    federation: _Federation, name: str, kind: str, state: ClientState
+) -> list[dict[str, Any]]:
+    settings = federation.settings
+    losses = losses_of(
+        federation.base, state, federation.test[name], federation.pad_id, settings.evaluation
+    )
+    said = answers_of(
+        federation.base,
+        state,
+        federation.rows[name].test[: min(settings.evaluation.answers, len(losses))],
+        federation.tokenizer,
+        settings.template,
+        settings.max_length,
+        settings.evaluation,
+    )
+    silent = {"rouge_l": None, "answer": None, "reference": None}
+    return [
+        {
+            "client": name,
+            "model": kind,
+            "row": row,
+            "nats": loss.nats,
+            "tokens": loss.tokens,
+            **(said[row] if row < len(said) else silent),
+        }
+        for row, loss in enumerate(losses)
+    ]
+
+
+def _routing_line(
+    federation: _Federation, name: str, kind: str, state: ClientState
+) -> dict[str, Any]:
+    counts_LE, openness = routing_of(
+        federation.base,
+        state,
+        federation.test[name],
+        federation.pad_id,
+        federation.settings.evaluation,
+    )
+    return {"client": name, "model": kind, "counts": counts_LE.tolist(), "openness": openness}

@@ -1,0 +1,49 @@
+"""C clients on one frozen model: what is trained together and hooked on together."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pomona.federation.graft import Graft, attach_graft, init_graft
+from pomona.federation.update import ClientState, stack
+from pomona.models.attachment import Attachment, join_attachments
+from pomona.models.experts import ExpertSite
+from pomona.models.lora import LoRA, attach_lora, init_lora
+from pomona.seeds import torch_generator
+
+
+@dataclass(frozen=True)
+class FrozenBase:
+    """The frozen base with the rules by which clients' parameters hang on it."""
+
+    model: PreTrainedModel = field(repr=False)
+    lora: LoRA
+    graft: Graft | None = None
+    sites: tuple[ExpertSite, ...] = field(default=(), repr=False)
+
+    def init_adapter(self, seed: int) -> dict[str, Tensor]:
+        """Return a fresh adapter, the same for everybody who gives the same seed."""
+        return init_lora(self.model, self.lora, torch_generator(seed, "adapter"))
+
+    def init_graft(self, seed: int, client: str, experts: Sequence[int]) -> dict[str, Tensor]:
+        """Return a client's newborn graft on the chosen experts; empty when nothing is grafted."""
+        if self.graft is None:
+            return {}
+        generator = torch_generator(seed, "graft", client)
+        return init_graft(self.sites, self.graft, experts, generator)
+
+    def attach(self, state: ClientState) -> Attachment:
+        """Hook a cohort's stacked state [C, …] onto the model; either part may be empty."""
+        parts: list[Attachment] = []
+        if state.adapter:
+            parts.append(attach_lora(self.model, self.lora, state.adapter))
+        if state.graft and self.graft is not None:
+            parts.append(attach_graft(self.sites, self.graft, state.graft))
+        return join_attachments(parts)
+
+    def attach_one(self, state: ClientState) -> Attachment:
+        """Hook one client's state: a cohort of one, whose batches may have any number of rows."""
+        return self.attach(stack([state]))

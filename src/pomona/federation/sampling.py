@@ -1,0 +1,30 @@
+"""Who takes part and on which rows: functions of (seed, round, client) and nothing else."""
+
+import math
+from collections.abc import Sequence
+
+from pomona.seeds import numpy_generator
+
+
+def participants(seed: int, round_: int, clients: Sequence[str], fraction: float) -> list[str]:
+    """Return the clients of a round, in the order of their names; at least one."""
+    names = sorted(clients)
+    count = max(1, math.ceil(fraction * len(names) - 1e-9))
+    chosen = numpy_generator(seed, "participants", round_).choice(len(names), count, replace=False)
+    return [names[i] for i in sorted(chosen)]
+
+
+def batches(
+    seed: int, round_: int, client: str, rows: int, batch: int, steps: int
+) -> list[list[int]]:
+    """Return the row indices of a client's steps in a round.
+
+    Rows are drawn without replacement until all are used, then shuffled anew; a client with fewer
+    rows than `batch` uses all of them in every step.
+    """
+    generator = numpy_generator(seed, "batches", round_, client)
+    size = min(batch, rows)
+    order: list[int] = []
+    while len(order) < size * steps:
+        order += generator.permutation(rows).tolist()
+    return [order[step * size : (step + 1) * size] for step in range(steps)]

@@ -1,0 +1,83 @@
+"""Atomic writing: a reader sees the old file or the new one, never half of either."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pomona.errors import PomonaError
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or folder entry to the disk, so that a rename never outlives its content."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it replaces `path`, else it is removed.
+
+    Raises `PomonaError` naming `path` when the disk is full, read-only or otherwise refuses.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        _sync(partial)
+        os.replace(partial, path)
+        _sync(path.parent)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise cannot_write(path, error) from error
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder beside `path`; on success it becomes `path`, else it goes.
+
+    `path` must be absent or an empty folder. Raises `PomonaError` when the disk refuses.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        for written in sorted(partial.rglob("*"), reverse=True):
+            _sync(written)
+        os.replace(partial, path)
+        _sync(path.parent)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise cannot_write(path, error) from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def cannot_write(path: Path, error: OSError) -> PomonaError:
+    """Return the sentence for a write that the operating system refused."""
+    reason = error.strerror or str(error)
+    return PomonaError(
+        f"cannot write {path}: {reason}; make room or choose another place, "
+        "then run the same command again"
+    )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    with atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON that a person can read, atomically."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

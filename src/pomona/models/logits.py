@@ -1,0 +1,32 @@
+"""Logits only where there is a label: the vocabulary projection is most of a small model's cost."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from pomona.models.attachment import Attachment
+from pomona.shapes import TokenMask, Tokens
+
+
+def labelled_logits(
+    model: nn.Module,
+    input_ids_BT: Tokens,
+    attention_mask_BT: TokenMask | Tokens,
+    label_mask_BT: TokenMask,
+) -> Float[Tensor, "Z V"]:
+    """Return the logits that predict each labelled token, row by row, [Z, V].
+
+    Token t of a row is predicted from position t − 1, so position 0 can carry no label. The hidden
+    states are thinned out just before the output embedding, by a hook, so that whatever a family does
+    to its logits afterwards (scaling, soft-capping) stays as it is.
+    """
+    predict_BT = torch.zeros_like(label_mask_BT)
+    predict_BT[:, :-1] = label_mask_BT[:, 1:]
+
+    def thin_out(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0][predict_BT].unsqueeze(0), *args[1:])
+
+    head = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    with Attachment((head.register_forward_pre_hook(thin_out),)):  # pyright: ignore
+        output = model(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False)
+    return output.logits[0]

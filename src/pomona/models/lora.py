@@ -1,0 +1,118 @@
+"""LoRA of C clients on the projections of one frozen model.
+
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022. Every tensor carries the
+client dimension first: A [C, R, in], B [C, out, R]; a real site is C = 1. Rows of a batch are
+client-major: the first B/C rows belong to client 0, and so on.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as fn
+
+from pomona.errors import PomonaError
+from pomona.models.attachment import Attachment
+
+ATTENTION = ("q_proj", "k_proj", "v_proj")
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank updates W + (alpha / rank) · B · A of the attention projections.
+
+    `targets` are last components of module names, as in PEFT's `target_modules`. The default is what
+    FLEx shares: q, k and v (arXiv 2506.00965, section 3).
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ATTENTION
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise PomonaError(f"LoRA rank {self.rank} is not positive; use 1 or more")
+        if not self.targets:
+            raise PomonaError('LoRA targets are empty; name projections such as "q_proj"')
+
+    @property
+    def scaling(self) -> float:
+        """The factor alpha / rank in front of B · A."""
+        return self.alpha / self.rank
+
+
+def find_projections(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
+    """Return the linear layers whose last name component is a target, by dotted name.
+
+    Raises `PomonaError` naming a target that the model does not have, with those it does.
+    """
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    found = {name: module for name, module in linear.items() if name.rpartition(".")[2] in targets}
+    missing = sorted(set(targets) - {name.rpartition(".")[2] for name in found})
+    if missing:
+        present = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+        raise PomonaError(
+            f'LoRA target "{missing[0]}" is no linear layer of this {type(model).__name__}; '
+            f"its linear layers are called {present}"
+        )
+    return found
+
+
+def init_lora(model: nn.Module, lora: LoRA, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return one client's fresh LoRA: A [R, in] uniform as in PEFT, B [out, R] zero; float32."""
+    tensors: dict[str, Tensor] = {}
+    for name, module in find_projections(model, lora.targets).items():
+        tensors |= {
+            f"{name}.{factor}": value
+            for factor, value in low_rank_pair(
+                module.in_features, module.out_features, lora.rank, generator
+            ).items()
+        }
+    return tensors
+
+
+def low_rank_pair(
+    size_in: int, size_out: int, rank: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Return `lora_A` [R, in] and `lora_B` [out, R] whose product is zero.
+
+    A is uniform in ±1/√in: what `kaiming_uniform_(a=√5)` gives, the initialisation of PEFT.
+    """
+    bound = 1 / math.sqrt(size_in)
+    a_RI = torch.empty(rank, size_in).uniform_(-bound, bound, generator=generator)
+    return {"lora_A": a_RI, "lora_B": torch.zeros(size_out, rank)}
+
+
+def low_rank(
+    x_CSI: Float[Tensor, "C S I"], a_CRI: Float[Tensor, "C R I"], b_COR: Float[Tensor, "C O R"]
+) -> Float[Tensor, "C S O"]:
+    """Return each client's B · A · x in the dtype of its factors."""
+    if len(a_CRI) == 1:  # a plain matrix product: bit for bit what PEFT computes, and faster
+        return fn.linear(fn.linear(x_CSI.to(a_CRI.dtype), a_CRI[0]), b_COR[0])
+    return (x_CSI.to(a_CRI.dtype) @ a_CRI.mT) @ b_COR.mT
+
+
+def attach_lora(model: nn.Module, lora: LoRA, tensors: Mapping[str, Tensor]) -> Attachment:
+    """Hook stacked LoRA (`NAME.lora_A` [C, R, in], `NAME.lora_B` [C, out, R]) onto a model.
+
+    The base keeps its parameters and their names; gradients flow to `tensors`.
+    """
+    handles = [
+        module.register_forward_hook(
+            _add_low_rank(tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"], lora.scaling)
+        )
+        for name, module in find_projections(model, lora.targets).items()
+    ]
+    return Attachment(tuple(handles))
+
+
+def _add_low_rank(a_CRI: Tensor, b_COR: Tensor, scaling: float):  # noqa: ANN202
+    def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x_CSI = args[0].reshape(len(a_CRI), -1, a_CRI.shape[2])
+        update = low_rank(x_CSI, a_CRI, b_COR) * scaling
+        return output + update.reshape(output.shape).to(output.dtype)
+
+    return hook

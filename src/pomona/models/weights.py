@@ -1,0 +1,140 @@
+"""Weights on disk: safetensors only, read lazily, written in shards."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pomona.errors import PomonaError
+from pomona.files import atomic_file, write_json
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder whose tensors are read one at a time, when asked for."""
+
+    folder: Path
+    config: dict[str, Any] = field(repr=False)
+    files: Mapping[str, Path] = field(repr=False)
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """Open a folder with config.json and model.safetensors, whole or sharded.
+
+        Raises `PomonaError` naming the file that is missing, truncated or not safetensors.
+        """
+        config_path = folder / "config.json"
+        if not config_path.is_file():
+            raise PomonaError(f"{folder} is no checkpoint folder: it holds no config.json")
+        config = json.loads(config_path.read_text("utf-8"))
+        return cls(folder, config, _locate(folder))
+
+    def tensor(self, name: str) -> Tensor:
+        """Return one tensor; only its bytes are read."""
+        if name not in self.files:
+            raise PomonaError(f'{self.folder} lacks the tensor "{name}"; the checkpoint is incomplete')
+        with _opened(self.files[name]) as file:
+            return file.get_tensor(name)
+
+
+def write_sharded(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int = 5_000_000_000
+) -> int:
+    """Write a checkpoint's tensors into `folder` as they come; return their total bytes.
+
+    At most one shard is held in memory. A single shard is called model.safetensors, several get
+    the index file that transformers reads.
+    """
+    shards: list[list[str]] = []
+    waiting: dict[str, Tensor] = {}
+    total, size = 0, 0
+    for name, tensor in tensors:
+        if waiting and size + tensor.nbytes > max_shard_bytes:
+            shards.append(_write_shard(folder, len(shards), waiting))
+            waiting, size = {}, 0
+        waiting[name] = tensor.contiguous()
+        size += tensor.nbytes
+        total += tensor.nbytes
+    shards.append(_write_shard(folder, len(shards), waiting))
+    _name_shards(folder, shards, total)
+    return total
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read one safetensors file; raises `PomonaError` naming it when it is missing or damaged."""
+    if not path.is_file():
+        raise PomonaError(f"{path} is missing; restore it or start anew in another folder")
+    try:
+        return load_file(str(path))
+    except SafetensorError as error:
+        raise _damaged(path, error) from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write one safetensors file atomically, names in order, so that equal tensors give equal bytes."""
+    ordered = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    with atomic_file(path) as partial:
+        _save(ordered, partial, dict(metadata))
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """safetensors reports a full disk as its own error; make it an OSError as everywhere else."""
+    try:
+        save_file(tensors, str(path), metadata)
+    except SafetensorError as error:
+        raise OSError(None, str(error)) from error
+
+
+def _write_shard(folder: Path, number: int, tensors: dict[str, Tensor]) -> list[str]:
+    _save(tensors, folder / f"shard-{number}", {"format": "pt"})
+    return list(tensors)
+
+
+def _name_shards(folder: Path, shards: list[list[str]], total: int) -> None:
+    if len(shards) == 1:
+        (folder / "shard-0").rename(folder / _SINGLE)
+        return
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"shard-{number}").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _locate(folder: Path) -> dict[str, Path]:
+    if (folder / _INDEX).is_file():
+        weight_map = json.loads((folder / _INDEX).read_text("utf-8"))["weight_map"]
+        paths = {folder / file for file in weight_map.values()}
+    elif (folder / _SINGLE).is_file():
+        paths = {folder / _SINGLE}
+    else:
+        raise PomonaError(
+            f"{folder} holds no {_SINGLE}; convert other weight formats to safetensors first"
+        )
+    located: dict[str, Path] = {}
+    for path in sorted(paths):
+        with _opened(path) as file:
+            located |= dict.fromkeys(file.keys(), path)
+    return located
+
+
+def _opened(path: Path) -> Any:
+    if not path.is_file():
+        raise PomonaError(f"{path} is missing; the checkpoint's index names it")
+    try:
+        return safe_open(str(path), framework="pt")
+    except SafetensorError as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> PomonaError:
+    return PomonaError(f"{path} is damaged or cut off ({error}); copy or download it again")

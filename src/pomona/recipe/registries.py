@@ -1,0 +1,45 @@
+"""Which registry a field's protocol is filled from: `kind = "NAME"` in a recipe."""
+
+from importlib import import_module
+from typing import Any
+
+from pomona.data.templates import TEMPLATES, Template
+from pomona.errors import PomonaError
+from pomona.federation.partition import PARTITIONS, Partition
+from pomona.federation.selection import SELECTIONS, Selection
+from pomona.federation.strategies import STRATEGIES, Strategy
+from pomona.reconstruction.compensate import COMPENSATIONS, Compensation
+from pomona.reconstruction.router import ROUTERS, Router
+from pomona.reconstruction.scores import SCORES, Score
+
+REGISTRIES: dict[Any, dict[str, Any]] = {
+    Template: TEMPLATES,
+    Partition: PARTITIONS,
+    Selection: SELECTIONS,
+    Strategy: STRATEGIES,
+    Score: SCORES,
+    Compensation: COMPENSATIONS,
+    Router: ROUTERS,
+}
+
+
+def member(protocol: Any, kind: str, where: str) -> type[Any]:
+    """Return the class behind a kind: a registry's name or an outside "package.module:Name"."""
+    registry = REGISTRIES[protocol]
+    if ":" in kind:
+        module, _, name = kind.partition(":")
+        try:
+            return getattr(import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise PomonaError(f'{where}: cannot import "{kind}": {error}') from error
+    if kind not in registry:
+        raise PomonaError(f'{where}: unknown kind "{kind}"; there are {", ".join(sorted(registry))}')
+    return registry[kind]
+
+
+def kind_of(protocol: Any, value: Any) -> str:
+    """Return the name under which a value's class is registered."""
+    for name, cls in REGISTRIES[protocol].items():
+        if type(value) is cls:
+            return name
+    return f"{type(value).__module__}:{type(value).__qualname__}"

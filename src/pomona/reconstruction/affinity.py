@@ -1,0 +1,67 @@
+"""How alike domains are, seen through what pruning for them keeps.
+
+DIVE (arXiv 2506.09351), domain affinity mining.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pomona.evaluation.loss import perplexity, text_loss
+from pomona.reconstruction.ffn import DenseModel, keep_mask, pruned, top_channels
+from pomona.shapes import Affinity, PerLayerChannel, Tokens
+
+AffinityKind = Literal["perplexity", "scores"]
+
+
+@dataclass(frozen=True)
+class DomainAffinity:
+    """What was measured for every domain (a row each) and the correlation of those rows.
+
+    For "perplexity" the rows are p[i, j]: pruned for domain i, measured on domain j. For "scores"
+    there is no matrix of that kind and `perplexity_MM` is None.
+    """
+
+    domains: tuple[str, ...]
+    correlation_MM: Tensor
+    perplexity_MM: Tensor | None = None
+
+
+def perplexity_affinity(
+    dense: DenseModel,
+    domains: Sequence[str],
+    scores: Sequence[PerLayerChannel],
+    windows: Sequence[Tokens],
+    width: int,
+    progress: Callable[[str, int, int], None],
+) -> DomainAffinity:
+    """Prune for every domain and measure on every domain: M² evaluations, no copy of the weights."""
+    perplexity_MM = torch.zeros(len(domains), len(domains), dtype=torch.float64)
+    for i, score_LF in enumerate(scores):
+        with pruned(dense, keep_mask(top_channels(score_LF, width), dense.channels)):
+            for j, windows_BT in enumerate(windows):
+                progress("affinity", i * len(domains) + j, len(domains) ** 2)
+                perplexity_MM[i, j] = perplexity(text_loss(dense.model, windows_BT))
+    progress("affinity", len(domains) ** 2, len(domains) ** 2)
+    relative_MM = perplexity_MM.min(dim=0).values / perplexity_MM
+    return DomainAffinity(tuple(domains), torch.corrcoef(relative_MM), perplexity_MM)
+
+
+def score_affinity(
+    domains: Sequence[str], scores: Sequence[PerLayerChannel]
+) -> DomainAffinity:
+    """Correlate the domains' scores, standardised in every layer: M passes instead of M².
+
+    The logarithm tames scores that span many orders of magnitude.
+    """
+
+    def flat(score_LF: Tensor) -> Tensor:
+        log_LF = score_LF.clamp_min(1e-30).log()
+        centred_LF = log_LF - log_LF.mean(dim=1, keepdim=True)
+        return (centred_LF / centred_LF.std(dim=1, keepdim=True).clamp_min(1e-12)).flatten()
+
+    correlation_MM: Affinity = torch.corrcoef(torch.stack([flat(score) for score in scores]))
+    return DomainAffinity(tuple(domains), correlation_MM)

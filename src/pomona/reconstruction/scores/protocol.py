@@ -1,0 +1,26 @@
+"""What a score is."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from pomona.reconstruction.calibrate import ChannelStats
+from pomona.reconstruction.ffn import DenseModel
+from pomona.shapes import DownProj, PerChannel, PerLayerChannel
+
+
+class Score(Protocol):
+    """Gives every FFN channel of a layer an importance."""
+
+    def __call__(self, stats: ChannelStats, down_DF: DownProj) -> PerChannel:
+        """Return one importance per channel [F]; only the order within a layer is used."""
+        ...
+
+
+def score_layers(
+    score: Score, stats: Sequence[ChannelStats], dense: DenseModel
+) -> PerLayerChannel:
+    """Return the scores of all layers, [L, F], in float64."""
+    weights = [down.weight.detach().double() for down in dense.downs]
+    return torch.stack([score(own, w) for own, w in zip(stats, weights, strict=True)])
