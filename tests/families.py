@@ -117,7 +117,6 @@ _CONFIGS: dict[str, tuple[str, Mapping[str, object]]] = {
             "attn_layer_offset": 1,
             "mamba_d_state": 4,
             "mamba_dt_rank": 4,
-            "use_mamba_kernels": False,
         },
     ),
     "minimax_m2": (
@@ -168,6 +167,13 @@ def _family(name: str) -> Callable[[], PreTrainedModel]:
 
 
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {name: _family(name) for name in _CONFIGS}
+
+
+def double(name: str) -> PreTrainedModel:
+    """Return a family's model in float64, which only the eager experts compute."""
+    model = FAMILIES[name]().double()
+    model.set_experts_implementation("eager")
+    return model
 
 
 def llama() -> PreTrainedModel:

@@ -1,10 +1,9 @@
 """Evaluate: what a model, or a client's personal model, is worth on text and on rows."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from pomona.artifacts.run import read_graft
-from pomona.data.examples import encode
+from pomona.data.examples import encode, padding_id
 from pomona.data.rows import read_rows
 from pomona.data.templates import TEMPLATES
 from pomona.data.texts import consecutive_windows, read_domains, read_texts
@@ -17,6 +16,7 @@ from pomona.models.experts import find_expert_sites, freeze
 from pomona.models.loading import context_length, load_model, load_tokenizer
 from pomona.models.lora import LoRA
 from pomona.models.peft_format import read_adapter
+from pomona.progress import Progress, silent
 
 Figures = dict[str, dict[str, float]]
 
@@ -31,7 +31,7 @@ def measure(
     limit: int,
     length: int,
     new_tokens: int,
-    progress: Callable[[str, int, int], None] = lambda *_: None,
+    progress: Progress = silent,
 ) -> Figures:
     """Return the figures of each text domain (loss, perplexity) or of the rows (and ROUGE-L).
 
@@ -68,7 +68,7 @@ def _on_text(
     text: str,
     limit: int,
     length: int,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> Figures:
     tokenizer = load_tokenizer(source)
     single = Path(text).is_file()
@@ -108,7 +108,7 @@ def _on_rows(
     tokenizer, form = load_tokenizer(source), TEMPLATES[template]()
     rows = read_rows(path)[: limit or None]
     examples = [encode(row, form, tokenizer, length) for row in rows]
-    pad_id = int(tokenizer.pad_token_id or tokenizer.eos_token_id)
+    pad_id = padding_id(tokenizer)
     evaluation = Evaluation(new_tokens=max(new_tokens, 1))
     summary = loss_summary(losses_of(base, state, examples, pad_id, evaluation))
     if new_tokens > 0:

@@ -4,7 +4,7 @@ FLEx (arXiv 2506.00965): graft once → rounds of {sample → train a cohort →
 results. The in-process engine: the sampled clients of a cohort train in one batch.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pomona.artifacts.results import assemble_results
 from pomona.artifacts.run import RunDirectory, Snapshot
-from pomona.data.examples import Example, collate, encode
+from pomona.data.examples import Example, collate, encode, padding_id
 from pomona.data.templates import Alpaca, Template
 from pomona.errors import PomonaError
 from pomona.federation.clients import ClientData, ClientRows
@@ -28,9 +28,8 @@ from pomona.federation.update import ClientState, Update, join, split
 from pomona.models.experts import ExpertSite, find_expert_sites, freeze
 from pomona.models.loading import context_length, load_model, load_tokenizer
 from pomona.models.lora import LoRA
+from pomona.progress import Progress, silent
 from pomona.seeds import seed_of
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class _Federation:
 
 
 def federate(
-    settings: FederateSettings, run: RunDirectory, progress: Progress = lambda *_: None
+    settings: FederateSettings, run: RunDirectory, progress: Progress = silent
 ) -> dict[str, Any]:
     """Run, or go on with, a federation in `run` and return its results (see `artifacts.results`).
 
@@ -120,7 +119,7 @@ def _prepare(settings: FederateSettings, run: RunDirectory, progress: Progress) 
         run,
         base,
         tokenizer,
-        tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        padding_id(tokenizer),
         rows,
         {name: encoded(client.train) for name, client in rows.items()},
         {name: encoded(client.test[:limit]) for name, client in rows.items()},
@@ -148,9 +147,7 @@ def _begin(federation: _Federation) -> Snapshot:
         federation.progress("grafting", done, len(federation.train))
         graft = base.init_graft(settings.seed, name, _select(federation, name))
         clients[name] = ClientState(own_adapter.adapter, graft)
-    metrics = [
-        _loss_line(federation, 0, "base", name, ClientState()) for name in federation.train
-    ]
+    metrics = [_loss_line(federation, 0, "base", name, ClientState()) for name in federation.train]
     return federation.run.commit(None, 0, settings.strategy.init(shared), clients, metrics)
 
 

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Generator[Path]:
     """Yield a temporary path beside `path`; on success it replaces `path`, else it is removed.
 
     Raises `PomonaError` naming `path` when the disk is full, read-only or otherwise refuses.
@@ -30,7 +30,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         _sync(partial)
-        os.replace(partial, path)
+        partial.replace(path)
         _sync(path.parent)
     except OSError as error:
         partial.unlink(missing_ok=True)
@@ -41,7 +41,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Generator[Path]:
     """Yield an empty temporary folder beside `path`; on success it becomes `path`, else it goes.
 
     `path` must be absent or an empty folder. Raises `PomonaError` when the disk refuses.
@@ -53,7 +53,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         yield partial
         for written in sorted(partial.rglob("*"), reverse=True):
             _sync(written)
-        os.replace(partial, path)
+        partial.replace(path)
         _sync(path.parent)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)

@@ -5,11 +5,11 @@ compensate → route → assemble. Out comes a stock Mixtral checkpoint.
 """
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+import torch
 from torch import Tensor
 
 from pomona.artifacts.model_card import mixture_card
@@ -20,6 +20,7 @@ from pomona.models.dense import dense_family
 from pomona.models.experts import freeze
 from pomona.models.loading import context_length, load_model, load_tokenizer
 from pomona.models.weights import Checkpoint, write_sharded
+from pomona.progress import Progress, silent
 from pomona.reconstruction.affinity import (
     AffinityKind,
     DomainAffinity,
@@ -27,7 +28,7 @@ from pomona.reconstruction.affinity import (
     score_affinity,
 )
 from pomona.reconstruction.assemble import mixture_tensors
-from pomona.reconstruction.calibrate import calibrate
+from pomona.reconstruction.calibrate import ChannelStats, calibrate
 from pomona.reconstruction.cluster import Clusters, Linkage, check_enough_domains, cluster
 from pomona.reconstruction.compensate import Compensation, Ridge
 from pomona.reconstruction.ffn import DenseModel, dense_model
@@ -36,7 +37,6 @@ from pomona.reconstruction.router import Fitted, Router
 from pomona.reconstruction.scores import WIFV, Score, score_layers
 from pomona.shapes import PerLayerChannel, Tokens
 
-Progress = Callable[[str, int, int], None]
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -78,7 +78,9 @@ class ReconstructSettings:
         if not 1 <= self.active <= self.experts:
             raise PomonaError(f"active {self.active} is not between 1 and experts {self.experts}")
         if not 0 < self.keep <= 1:
-            raise PomonaError(f"keep {self.keep} is not a share between 0 and 1; use for example 0.25")
+            raise PomonaError(
+                f"keep {self.keep} is not a share between 0 and 1; use for example 0.25"
+            )
         for name in ("windows", "length", "affinity_windows"):
             if getattr(self, name) < 2:
                 raise PomonaError(f"{name} {getattr(self, name)} is too small; use 2 or more")
@@ -112,7 +114,7 @@ def reconstruct(
     domains: Mapping[str, Sequence[str]],
     out: Path,
     settings: ReconstructSettings,
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
 ) -> Reconstruction:
     """Make a mixture of experts of the dense checkpoint in the folder `model`.
 
@@ -130,7 +132,7 @@ def reconstruct(
     width = round(settings.keep * dense.channels)
     windows = _windows(checkpoint.folder, domains, settings, settings.windows, "calibration")
 
-    stats = {}
+    stats: dict[str, list[ChannelStats]] = {}
     for done, (name, windows_BT) in enumerate(windows.items()):
         progress("calibrating", done, len(windows))
         stats[name] = calibrate(dense, windows_BT)
@@ -181,7 +183,7 @@ class _Sizes:
         self.total = 0
         self.experts = 0
 
-    def counted(self, tensors: Any) -> Any:
+    def counted(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in tensors:
             self.total += tensor.numel()
             self.experts += tensor.numel() if ".experts." in name else 0
@@ -200,9 +202,7 @@ def _affinity(
     if settings.affinity == "scores":
         return score_affinity(list(domains), scores)
     held = _windows(folder, domains, settings, settings.affinity_windows, "affinity")
-    return perplexity_affinity(
-        dense, list(domains), scores, list(held.values()), width, progress
-    )
+    return perplexity_affinity(dense, list(domains), scores, list(held.values()), width, progress)
 
 
 def _windows(
@@ -223,10 +223,8 @@ def _windows(
 
 def _share(windows: Mapping[str, Tokens], group: Sequence[str]) -> Tokens:
     """Give every domain of a group an equal share of the group's windows (DIVE, section 3.2)."""
-    from torch import cat
-
     each = max(1, len(windows[group[0]]) // len(group))
-    return cat([windows[domain][:each] for domain in group])
+    return torch.cat([windows[domain][:each] for domain in group])
 
 
 def _write_records(folder: Path, made: Reconstruction, settings: ReconstructSettings) -> None:
@@ -277,7 +275,10 @@ def _folder_of(model: str | Path) -> Path:
 
     try:
         return Path(
-            snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"])
+            snapshot_download(
+                str(model),
+                allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"],
+            )
         )
     except Exception as error:
         raise PomonaError(

@@ -28,9 +28,7 @@ def assemble_results(
     return {
         **{model: _of_model([a for a in answers if a["model"] == model]) for model in MODELS},
         "selection": {n: selected_experts(sites, graft) for n, graft in grafted.items()} or None,
-        "gate_openness": {
-            line["client"]: line["openness"] for line in routing if line["openness"]
-        }
+        "gate_openness": {line["client"]: line["openness"] for line in routing if line["openness"]}
         or None,
         "routing": {
             model: _routing([line for line in routing if line["model"] == model])

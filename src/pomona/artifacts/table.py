@@ -98,9 +98,7 @@ def ratio_rows(
     A loss is Σ nats / Σ tokens, ROUGE-L a plain mean over the rows that were answered.
     """
     above, below = ("nats", "tokens") if measure == "loss" else ("rouge_l", None)
-    own = [
-        [a for a in run.answers if (a["client"], a["model"]) == (client, model)] for run in runs
-    ]
+    own = [[a for a in run.answers if (a["client"], a["model"]) == (client, model)] for run in runs]
     kept = [[a for a in answers if a[above] is not None] for answers in own]
     top = np.mean([[a[above] for a in answers] for answers in kept], axis=0)
     bottom = np.mean([[a[below] if below else 1.0 for a in answers] for answers in kept], axis=0)
@@ -126,7 +124,10 @@ def table(runs: Sequence[FinishedRun], measure: str) -> tuple[list[str], list[li
     return header, rows
 
 
-MEASURES = {"loss": "answer loss, nats per token (lower is better)", "rouge_l": "ROUGE-L, 0 to 100 (higher is better)"}
+MEASURES = {
+    "loss": "answer loss, nats per token (lower is better)",
+    "rouge_l": "ROUGE-L, 0 to 100 (higher is better)",
+}
 
 
 def _json(path: Path) -> dict[str, Any]:

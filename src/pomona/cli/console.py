@@ -1,6 +1,6 @@
 """What the commands have in common on screen: a progress bar and a table."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,12 +17,13 @@ from rich.progress import (
 from rich.table import Table
 
 from pomona.artifacts.table import MEASURES, load_runs, table
+from pomona.progress import Progress as Show
 
 console = Console(highlight=False)
 
 
 @contextmanager
-def progress_bars(title: str = "") -> Iterator[Callable[[str, int, int], None]]:
+def progress_bars(title: str = "") -> Generator[Show]:
     """Yield `progress(stage, done, total)`, drawing one bar per stage.
 
     Away from a terminal the bars become one line per finished stage.
@@ -70,7 +71,7 @@ def print_comparison(runs: Sequence[Path]) -> None:
 
 
 def _quiet_libraries() -> None:
-    """transformers' own bars and advice would tear ours apart."""
+    """Transformers' own bars and advice would tear ours apart."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -1,3 +1,5 @@
 """`pomona demo`."""
+
+
 def demo() -> None:
     """Demo."""

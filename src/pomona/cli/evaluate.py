@@ -8,7 +8,9 @@ import typer
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or Hub id.")]
 Text = Annotated[
     str | None,
-    typer.Option("--text", help="Plain text: a file, a folder of domains or a glob.", metavar="PATH"),
+    typer.Option(
+        "--text", help="Plain text: a file, a folder of domains or a glob.", metavar="PATH"
+    ),
 ]
 Rows = Annotated[
     Path | None, typer.Option("--rows", help="Instruction rows (.jsonl).", metavar="FILE")

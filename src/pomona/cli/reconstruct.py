@@ -10,14 +10,17 @@ Model = Annotated[
 ]
 Domains = Annotated[
     str | None,
-    typer.Option("--domains", help="Folder (or glob) of one .jsonl/.txt per domain.", metavar="DIR"),
+    typer.Option(
+        "--domains", help="Folder (or glob) of one .jsonl/.txt per domain.", metavar="DIR"
+    ),
 ]
 Out = Annotated[Path, typer.Option("--out", metavar="OUT", help="New folder for the checkpoint.")]
 Experts = Annotated[int | None, typer.Option("--experts", help="Experts per layer.")]
 Active = Annotated[int | None, typer.Option("--active", help="Experts per token.")]
 Keep = Annotated[float | None, typer.Option("--keep", help="Share of FFN channels per expert.")]
 Recipe = Annotated[
-    Path | None, typer.Option("--recipe", help="TOML recipe that says this and more.", metavar="FILE")
+    Path | None,
+    typer.Option("--recipe", help="TOML recipe that says this and more.", metavar="FILE"),
 ]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of windows and fits.")]
 

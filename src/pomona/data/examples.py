@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from jaxtyping import Int
@@ -40,7 +41,7 @@ def encode(
     """
     answer = _tokens(row.response.strip(), tokenizer)
     if tokenizer.eos_token_id is not None:
-        answer.append(int(tokenizer.eos_token_id))
+        answer.append(cast(int, tokenizer.eos_token_id))
     prompt = _prompt_tokens(row, template, tokenizer)
     if len(prompt) + len(answer) > max_length:
         answer = answer[: max(max_length // 2, max_length - len(prompt))]
@@ -81,21 +82,23 @@ def collate_prompts(
     return input_ids_BT, mask_BT
 
 
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the padding token, or the end-of-sequence token where none is defined."""
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    return cast(int, eos if pad is None else pad)
+
+
 def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # pyright: ignore
 
 
-def _prompt_tokens(
-    row: Row, template: Template, tokenizer: PreTrainedTokenizerBase
-) -> list[int]:
+def _prompt_tokens(row: Row, template: Template, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Prompt and answer are encoded apart, so that the prompt's tokens never depend on the answer."""
     tokens = _tokens(template.prompt(row, tokenizer), tokenizer)
     bos = tokenizer.bos_token_id
-    return tokens if bos is None or tokens[:1] == [bos] else [int(bos), *tokens]
+    return tokens if bos is None or tokens[:1] == [bos] else [cast(int, bos), *tokens]
 
 
 def _keep_end(tokens: list[int], length: int) -> list[int]:
     """Keep the first token (it may be the beginning-of-sequence token) and the last ones."""
     return tokens if len(tokens) <= length else [tokens[0], *tokens[len(tokens) - length + 1 :]]
-
-

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from glob import glob, has_magic
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -33,11 +33,15 @@ def read_domains(
             continue
         name = path.name.partition(".")[0]
         if name in domains:
-            raise PomonaError(f'{path} is a second file of the domain "{name}"; join or rename them')
+            raise PomonaError(
+                f'{path} is a second file of the domain "{name}"; join or rename them'
+            )
         domains[name] = read_texts(path)
     if not domains:
         kind = "held-out .valid." if held_out else ""
-        raise PomonaError(f"{source} holds no {kind} .jsonl or .txt files; put one per domain there")
+        raise PomonaError(
+            f"{source} holds no {kind} .jsonl or .txt files; put one per domain there"
+        )
     return domains
 
 
@@ -102,7 +106,7 @@ def consecutive_windows(
 def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Return each text's tokens, led by the beginning-of-sequence token where one is defined."""
     encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    bos = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+    bos = [] if tokenizer.bos_token_id is None else [cast(int, tokenizer.bos_token_id)]
     return [[*bos, *tokens] for tokens in encoded]  # pyright: ignore[reportGeneralTypeIssues]
 
 

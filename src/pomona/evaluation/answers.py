@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from pomona.data.examples import collate_prompts
+from pomona.data.examples import collate_prompts, padding_id
 
 
 @torch.no_grad()
@@ -20,21 +20,18 @@ def greedy_answers(
 
     Prompts of like length share a left-padded batch; decoding uses the KV cache.
     """
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     config = GenerationConfig(
         max_new_tokens=new_tokens,
         do_sample=False,
-        eos_token_id=eos,
-        pad_token_id=eos if pad is None else pad,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=padding_id(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
     )
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, str] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        input_ids_BT, mask_BT = collate_prompts(
-            [prompts[i] for i in chosen], int(config.pad_token_id or 0)
-        )
+        input_ids_BT, mask_BT = collate_prompts([prompts[i] for i in chosen], padding_id(tokenizer))
         output_BT = model.generate(
             input_ids=input_ids_BT, attention_mask=mask_BT, generation_config=config
         )

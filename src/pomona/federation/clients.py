@@ -27,7 +27,7 @@ class ClientData:
     folder: Path | None = None
     train: Path | None = None
     test: Path | None = None
-    partition: Partition = ByCategory()
+    partition: Partition = field(default_factory=ByCategory)
     format: str = "auto"
 
     def __post_init__(self) -> None:

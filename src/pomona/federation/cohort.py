@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-
 from torch import Tensor
 from transformers import PreTrainedModel
 

@@ -6,9 +6,9 @@ memory: only the resident expert's index and the LoRA factors are kept, and the 
 through the resident weights.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -34,7 +34,7 @@ class Graft:
     shared expert has.
     """
 
-    selection: Selection = Reconstruction()
+    selection: Selection = field(default_factory=Reconstruction)
     form: Literal["delta", "copy"] = "delta"
     gate: Literal["router", "zero"] = "router"
     bias: bool = False
@@ -154,7 +154,8 @@ def _private_expert(
         return low_rank(x_CSI, *pair) * graft.scaling
 
     both_CSW = _through(experts, lambda x, e: torch.cat(site.gate_up(x, e), dim=-1), x_CSD)
-    gate_CSW, up_CSW = both_CSW.chunk(2, dim=-1)
+    # Both activations in the graft's own dtype, or a bfloat16 base would round only one of them.
+    gate_CSW, up_CSW = both_CSW.to(tensors["gate"].dtype).chunk(2, dim=-1)
     own_CSW = site.activate(gate_CSW + update(x_CSD, "gate"), up_CSW + update(x_CSD, "up"))
     delta = graft.form == "delta"
     through_CSW = own_CSW - site.activate(gate_CSW, up_CSW) if delta else own_CSW
@@ -186,7 +187,7 @@ def _through(
 @contextmanager
 def measure_gates(
     sites: Sequence[ExpertSite], tensors: Mapping[str, Tensor], mask_N: Tensor
-) -> Iterator[list[float]]:
+) -> Generator[list[float]]:
     """Collect the mean gate openness σ per site over the masked tokens of one forward pass.
 
     `tensors` are one client's, without a client dimension. The list fills as layers run.

@@ -41,7 +41,9 @@ class LocalTraining:
     def __post_init__(self) -> None:
         for name in ("steps", "batch"):
             if getattr(self, name) < 1:
-                raise PomonaError(f"local {name} {getattr(self, name)} is not positive; use 1 or more")
+                raise PomonaError(
+                    f"local {name} {getattr(self, name)} is not positive; use 1 or more"
+                )
         if not self.learning_rate >= self.final_learning_rate >= 0:
             raise PomonaError(
                 f"local learning_rate {self.learning_rate} must be at least final_learning_rate "
@@ -79,7 +81,7 @@ def train_cohort(
         {name: trainable[1].get(name, value) for name, value in stacked.graft.items()},
     )
     shared, _ = split(state, strategy.shares)
-    anchor = {name: value[0].detach().clone() for name, value in shared.items()}
+    anchor = {name: value.detach().clone() for name, value in shared.items()}
     step_batches = _cohort_batches(tasks, training, seed, round_, pad_id)
 
     def losses(step: int) -> PerClient:
@@ -128,7 +130,13 @@ def _cohort_batches(
         for t in tasks
     ]
     return [
-        _fill([[task.examples[i] for i in rows[step]] for task, rows in zip(tasks, drawn, strict=True)], pad_id)
+        _fill(
+            [
+                [task.examples[i] for i in rows[step]]
+                for task, rows in zip(tasks, drawn, strict=True)
+            ],
+            pad_id,
+        )
         for step in range(training.steps)
     ]
 

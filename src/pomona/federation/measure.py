@@ -1,5 +1,6 @@
 """What is measured of one client's model: answer loss, answers, routing, gates."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,9 @@ class Evaluation:
     def __post_init__(self) -> None:
         for name in ("every", "new_tokens", "batch"):
             if getattr(self, name) < 1:
-                raise PomonaError(f"evaluation {name} {getattr(self, name)} is not positive; use 1 or more")
+                raise PomonaError(
+                    f"evaluation {name} {getattr(self, name)} is not positive; use 1 or more"
+                )
 
 
 def losses_of(
@@ -119,5 +122,8 @@ def routing_of(
             openness.append(gates)
             tokens.append(int(mask_BT.sum()))
     shares = [count / sum(tokens) for count in tokens]
-    mean = [sum(s * g for s, g in zip(shares, layer, strict=True)) for layer in zip(*openness, strict=True)]
+    mean = [
+        math.fsum(s * g for s, g in zip(shares, layer, strict=True))
+        for layer in zip(*openness, strict=True)
+    ]
     return total_LE, mean

@@ -1,8 +1,8 @@
 """Expert sites: the fused experts module of every MoE layer, found by structure.
 
 In transformers 5.x every MoE family but a few calls one module with fused 3-D weights as
-`experts(hidden[N, D], top_k_index[N, K], top_k_weights[N, K]) → [N, D]`. Everything Pomona does to a
-mixture happens there: read an expert, count routing, add a graft.
+`experts(hidden[N, D], top_k_index[N, K], top_k_weights[N, K]) → [N, D]`. Everything Pomona does to
+a mixture happens there: read an expert, count routing, add a graft.
 """
 
 from collections.abc import Callable
@@ -71,7 +71,9 @@ class ExpertSite:
 
     def activate(self, gate_NW: Tensor, up_NW: Tensor) -> Tensor:
         """Return the family's own gated activation [N, W] of both halves, clamps included."""
-        if type(self.experts)._apply_gate is _default_apply_gate:  # spares copying both halves
+        if (
+            getattr(type(self.experts), "_apply_gate", None) is _default_apply_gate
+        ):  # spares copying both halves
             return cast(Tensor, self.experts.act_fn(gate_NW)) * up_NW  # pyright: ignore[reportCallIssue]
         apply_gate = cast(Callable[[Tensor], Tensor], self.experts._apply_gate)
         if self.experts.is_concatenated:
@@ -93,11 +95,11 @@ class ExpertSite:
             return None
         weight = getattr(self.router, "weight", None)
         if weight is None:  # some routers wrap a linear layer
-            linear = [m.weight for m in self.router.modules() if isinstance(m, nn.Linear)]
-            weight = linear[0] if len(linear) == 1 else None
+            inner = [part.weight for part in self.router.children() if hasattr(part, "weight")]
+            weight = inner[0] if len(inner) == 1 else None
         if weight is None or weight.shape != (self.num_experts, self.hidden_size):
             return None
-        return weight[index]
+        return cast(Tensor, weight)[index]
 
     def _weight(self, name: str, index: int) -> Tensor:
         weight = cast(Tensor, getattr(self.experts, name))[index]
@@ -199,9 +201,7 @@ def enable_checkpointing(model: nn.Module) -> None:
     children, on which dropout and routing noise depend, stay off. Raises `PomonaError` when no
     layer of the model can be checkpointed.
     """
-    layers = [
-        module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
-    ]
+    layers = _checkpointable(model)
     if not layers:
         raise PomonaError(
             f"{type(model).__name__} has no layer that can be computed again in the backward pass; "
@@ -213,10 +213,15 @@ def enable_checkpointing(model: nn.Module) -> None:
             checkpoint, use_reentrant=False
         )
 
-    def follow_autograd(_module: nn.Module, _args: tuple[object, ...]) -> None:
-        for layer in layers:
-            layer.training = torch.is_grad_enabled()
-
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            module.register_forward_pre_hook(follow_autograd)
+            module.register_forward_pre_hook(_follow_autograd)
+
+
+def _follow_autograd(model: nn.Module, _args: tuple[object, ...]) -> None:
+    for layer in _checkpointable(model):
+        layer.training = torch.is_grad_enabled()
+
+
+def _checkpointable(model: nn.Module) -> list[GradientCheckpointingLayer]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

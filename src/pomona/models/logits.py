@@ -12,15 +12,15 @@ def labelled_logits(
     model: nn.Module,
     input_ids_BT: Tokens,
     attention_mask_BT: TokenMask | Tokens,
-    label_mask_BT: TokenMask,
+    label_mask_BT: TokenMask | Tokens,
 ) -> Float[Tensor, "Z V"]:
     """Return the logits that predict each labelled token, row by row, [Z, V].
 
-    Token t of a row is predicted from position t − 1, so position 0 can carry no label. The hidden
-    states are thinned out just before the output embedding, by a hook, so that whatever a family does
-    to its logits afterwards (scaling, soft-capping) stays as it is.
+    Token t of a row is predicted from position t − 1, so position 0 can carry no label. A hook
+    thins the hidden states out just before the output embedding, so that whatever a family does to
+    its logits afterwards (scaling, soft-capping) stays as it is. Z may be 0.
     """
-    predict_BT = torch.zeros_like(label_mask_BT)
+    predict_BT = torch.zeros_like(label_mask_BT, dtype=torch.bool)
     predict_BT[:, :-1] = label_mask_BT[:, 1:]
 
     def thin_out(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -109,7 +109,7 @@ def attach_lora(model: nn.Module, lora: LoRA, tensors: Mapping[str, Tensor]) -> 
     return Attachment(tuple(handles))
 
 
-def _add_low_rank(a_CRI: Tensor, b_COR: Tensor, scaling: float):  # noqa: ANN202
+def _add_low_rank(a_CRI: Tensor, b_COR: Tensor, scaling: float):
     def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x_CSI = args[0].reshape(len(a_CRI), -1, a_CRI.shape[2])
         update = low_rank(x_CSI, a_CRI, b_COR) * scaling

@@ -50,7 +50,9 @@ def read_adapter(folder: Path) -> tuple[LoRA, dict[str, Tensor]]:
     if not isinstance(config, LoraConfig) or config.use_dora or config.use_rslora:
         raise PomonaError(f"{folder} is no plain LoRA adapter; DoRA and rsLoRA are not supported")
     if config.rank_pattern or config.alpha_pattern or isinstance(config.target_modules, str):
-        raise PomonaError(f"{folder} gives layers different ranks or targets by pattern; use a list")
+        raise PomonaError(
+            f"{folder} gives layers different ranks or targets by pattern; use a list"
+        )
     lora = LoRA(config.r, float(config.lora_alpha), tuple(sorted(config.target_modules or ())))
     tensors = {
         name.removeprefix(_PREFIX).removesuffix(".weight"): value

@@ -1,6 +1,6 @@
 """Which experts tokens are sent to, counted per layer and client."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pomona.models.attachment import Attachment
 from pomona.models.experts import ExpertSite
-from pomona.shapes import TokenMask
+from pomona.shapes import TokenMask, Tokens
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class RoutingCounts:
 
 @contextmanager
 def count_routing(
-    sites: Sequence[ExpertSite], num_clients: int = 1, mask_BT: TokenMask | None = None
-) -> Iterator[RoutingCounts]:
+    sites: Sequence[ExpertSite], num_clients: int = 1, mask_BT: TokenMask | Tokens | None = None
+) -> Generator[RoutingCounts]:
     """Count the forward passes of a block of code; rows are client-major.
 
     `mask_BT` (true or 1 = counted) leaves out padding; it must fit every forward pass inside. What

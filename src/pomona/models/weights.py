@@ -40,7 +40,9 @@ class Checkpoint:
     def tensor(self, name: str) -> Tensor:
         """Return one tensor; only its bytes are read."""
         if name not in self.files:
-            raise PomonaError(f'{self.folder} lacks the tensor "{name}"; the checkpoint is incomplete')
+            raise PomonaError(
+                f'{self.folder} lacks the tensor "{name}"; the checkpoint is incomplete'
+            )
         with _opened(self.files[name]) as file:
             return file.get_tensor(name)
 
@@ -86,7 +88,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """safetensors reports a full disk as its own error; make it an OSError as everywhere else."""
+    """Safetensors reports a full disk as its own error; make it an OSError as everywhere else."""
     try:
         save_file(tensors, str(path), metadata)
     except SafetensorError as error:

@@ -49,9 +49,7 @@ def dump(settings: Any) -> str:
 
 
 def _required(field: dataclasses.Field[Any]) -> bool:
-    return (
-        field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    )
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _value(hint: Any, value: Any, folder: Path, where: str, field: dataclasses.Field[Any]) -> Any:

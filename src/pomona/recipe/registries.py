@@ -33,7 +33,9 @@ def member(protocol: Any, kind: str, where: str) -> type[Any]:
         except (ImportError, AttributeError) as error:
             raise PomonaError(f'{where}: cannot import "{kind}": {error}') from error
     if kind not in registry:
-        raise PomonaError(f'{where}: unknown kind "{kind}"; there are {", ".join(sorted(registry))}')
+        raise PomonaError(
+            f'{where}: unknown kind "{kind}"; there are {", ".join(sorted(registry))}'
+        )
     return registry[kind]
 
 

@@ -3,7 +3,7 @@
 DIVE (arXiv 2506.09351), domain affinity mining.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pomona.evaluation.loss import perplexity, text_loss
+from pomona.progress import Progress
 from pomona.reconstruction.ffn import DenseModel, keep_mask, pruned, top_channels
 from pomona.shapes import Affinity, PerLayerChannel, Tokens
 
@@ -36,7 +37,7 @@ def perplexity_affinity(
     scores: Sequence[PerLayerChannel],
     windows: Sequence[Tokens],
     width: int,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> DomainAffinity:
     """Prune for every domain and measure on every domain: M² evaluations, no copy of the weights."""
     perplexity_MM = torch.zeros(len(domains), len(domains), dtype=torch.float64)
@@ -50,9 +51,7 @@ def perplexity_affinity(
     return DomainAffinity(tuple(domains), torch.corrcoef(relative_MM), perplexity_MM)
 
 
-def score_affinity(
-    domains: Sequence[str], scores: Sequence[PerLayerChannel]
-) -> DomainAffinity:
+def score_affinity(domains: Sequence[str], scores: Sequence[PerLayerChannel]) -> DomainAffinity:
     """Correlate the domains' scores, standardised in every layer: M passes instead of M².
 
     The logarithm tames scores that span many orders of magnitude.

@@ -33,7 +33,7 @@ def cluster(affinity: DomainAffinity, experts: int, method: Linkage) -> Clusters
     distance_MM = (distance_MM + distance_MM.T) / 2
     np.fill_diagonal(distance_MM, 0)
     tree = linkage(squareform(distance_MM), method=method)
-    label_M = cut_tree(tree, n_clusters=experts)[:, 0] if count > 1 else np.zeros(1, int)
+    label_M = cut_tree(tree, n_clusters=[experts])[:, 0] if count > 1 else np.zeros(1, int)
     groups: dict[int, list[str]] = {}
     for domain, label in zip(affinity.domains, label_M, strict=True):
         groups.setdefault(int(label), []).append(domain)

@@ -19,9 +19,7 @@ from pomona.shapes import Tokens
 class Compensation(Protocol):
     """Gives an expert the `down_proj` columns of its kept channels."""
 
-    def __call__(
-        self, dense: DenseModel, windows_BT: Tokens, keep_LW: Tensor
-    ) -> Sequence[Tensor]:
+    def __call__(self, dense: DenseModel, windows_BT: Tokens, keep_LW: Tensor) -> Sequence[Tensor]:
         """Return each layer's columns [D, W], given the windows of the expert's group."""
         ...
 
@@ -30,9 +28,7 @@ class Compensation(Protocol):
 class NoCompensation:
     """The dense columns as they are."""
 
-    def __call__(
-        self, dense: DenseModel, windows_BT: Tokens, keep_LW: Tensor
-    ) -> Sequence[Tensor]:
+    def __call__(self, dense: DenseModel, windows_BT: Tokens, keep_LW: Tensor) -> Sequence[Tensor]:
         """Return each layer's own columns [D, W]."""
         pairs = zip(dense.downs, keep_LW, strict=True)
         return [down.weight.detach().double()[:, keep_W] for down, keep_W in pairs]
@@ -53,9 +49,7 @@ class Ridge:
         if not self.penalty > 0:
             raise PomonaError(f"ridge penalty {self.penalty} is not positive; use for example 0.01")
 
-    def __call__(
-        self, dense: DenseModel, windows_BT: Tokens, keep_LW: Tensor
-    ) -> Sequence[Tensor]:
+    def __call__(self, dense: DenseModel, windows_BT: Tokens, keep_LW: Tensor) -> Sequence[Tensor]:
         """Return each layer's refitted columns [D, W] in float64."""
         moments = second_moments(dense, windows_BT)
         return [

@@ -41,9 +41,7 @@ def dense_model(model: PreTrainedModel, family: DenseFamily) -> DenseModel:
 
 
 @torch.no_grad()
-def observe(
-    dense: DenseModel, windows_BT: Tokens, see: Observe, batch: int = 16
-) -> None:
+def observe(dense: DenseModel, windows_BT: Tokens, see: Observe, batch: int = 16) -> None:
     """Run windows through the model and show every layer's FFN, batch by batch.
 
     `see(layer, x_ND, activation_NF, y_ND)` gets the FFN's input, the input of `down_proj` and the

@@ -142,7 +142,10 @@ def expert_errors(
     An expert's activation is the dense one at its kept channels.
     """
     errors = [
-        (activation_NF[:, keep_W] @ down_DW.to(activation_NF.dtype).T - y_ND).float().square().sum(1)
+        (activation_NF[:, keep_W] @ down_DW.to(activation_NF.dtype).T - y_ND)
+        .float()
+        .square()
+        .sum(1)
         for keep_W, down_DW in zip(keep_EW, down_of, strict=True)
     ]
     return torch.stack(errors, dim=1)

@@ -33,7 +33,5 @@ def completion_losses(
     """
     logits_ZV = labelled_logits(model, input_ids_BT, attention_mask_BT, label_mask_BT)
     row_Z, column_Z = label_mask_BT.nonzero(as_tuple=True)
-    nats_Z = fn.cross_entropy(
-        logits_ZV.float(), input_ids_BT[row_Z, column_Z], reduction="none"
-    )
+    nats_Z = fn.cross_entropy(logits_ZV.float(), input_ids_BT[row_Z, column_Z], reduction="none")
     return client_means(nats_Z, row_Z // (len(input_ids_BT) // clients), clients)

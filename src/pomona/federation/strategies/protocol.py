@@ -31,7 +31,7 @@ class Strategy(Protocol):
     ) -> PerClient | None:
         """Return what each client adds to its loss [C], or None.
 
-        `adapter` holds the clients' shared tensors [C, …], `anchor` what the server sent [...].
+        `adapter` holds the clients' shared tensors [C, …], `anchor` what the server sent them.
         """
         ...
 

@@ -18,7 +18,9 @@ def dense_family(checkpoint: Checkpoint) -> DenseFamily:
     if kind in DENSE_FAMILIES:
         DENSE_FAMILIES[kind].check(checkpoint)
         return DENSE_FAMILIES[kind]
-    experts = any(key in checkpoint.config for key in ("num_experts", "num_local_experts", "n_routed_experts"))
+    experts = any(
+        key in checkpoint.config for key in ("num_experts", "num_local_experts", "n_routed_experts")
+    )
     reason = "is a mixture of experts already, not dense" if experts else "is not supported"
     raise PomonaError(
         f'{checkpoint.folder}: model type "{kind}" {reason}; reconstruct works on {known}'

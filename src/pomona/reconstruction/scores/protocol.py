@@ -18,9 +18,7 @@ class Score(Protocol):
         ...
 
 
-def score_layers(
-    score: Score, stats: Sequence[ChannelStats], dense: DenseModel
-) -> PerLayerChannel:
+def score_layers(score: Score, stats: Sequence[ChannelStats], dense: DenseModel) -> PerLayerChannel:
     """Return the scores of all layers, [L, F], in float64."""
     weights = [down.weight.detach().double() for down in dense.downs]
     return torch.stack([score(own, w) for own, w in zip(stats, weights, strict=True)])
