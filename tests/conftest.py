@@ -28,3 +28,97 @@ def models_dir() -> Path:
 def data_dir() -> Path:
     """Folder of real text and instruction data (POMONA_DATA)."""
     return _material("POMONA_DATA", "data")
+
+
+WORDS = (
+    "red green blue apple pear plum tree leaf root seed rain sun one two three four five".split()
+)
+
+
+def word_text(seed: int, words: int) -> str:
+    """A reproducible nonsense text over a small vocabulary."""
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randint(len(WORDS), (words,), generator=generator).tolist()
+    return " ".join(WORDS[i] for i in index)
+
+
+def save_tokenizer(folder: Path) -> int:
+    """Train a small byte-level BPE and save it as transformers does; return its vocabulary size."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([word_text(s, 200) for s in range(5)], trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+    wrapped.save_pretrained(folder)
+    return len(wrapped)
+
+
+def save_model(folder: Path, kind: str, **settings: object) -> Path:
+    """Save a tiny random model of an architecture with its tokenizer."""
+    import transformers
+
+    vocabulary = save_tokenizer(folder)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.2,
+        **settings,
+    )
+    torch.manual_seed(0)
+    getattr(transformers, f"{kind}ForCausalLM")(config).float().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def moe_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Mixtral checkpoint with a tokenizer."""
+    folder = tmp_path_factory.mktemp("moe")
+    return save_model(
+        folder, "Mixtral", intermediate_size=32, num_local_experts=4, num_experts_per_tok=2
+    )
+
+
+@pytest.fixture(scope="session")
+def dense_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama checkpoint with a tokenizer."""
+    return save_model(tmp_path_factory.mktemp("dense"), "Llama", intermediate_size=64)
+
+
+@pytest.fixture(scope="session")
+def rows_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows of three categories, train.jsonl and test.jsonl."""
+    import json
+
+    folder = tmp_path_factory.mktemp("rows")
+    for split, count in (("train", 10), ("test", 4)):
+        rows = [
+            {
+                "instruction": word_text(1000 * len(split) + 10 * i + c, 5),
+                "context": word_text(i, 4) if i % 2 else "",
+                "response": word_text(7 * i + c, 3),
+                "category": category,
+            }
+            for c, category in enumerate(("apples", "pears", "plums"))
+            for i in range(count)
+        ]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    return folder

@@ -64,13 +64,21 @@ class RunDirectory:
         except OSError as error:
             raise cannot_write(path, error) from error
         _hold(lock, path)
+        try:
+            cls._prepare(path, recipe, about)
+        except BaseException:
+            os.close(lock)
+            raise
+        return cls(path, lock)
+
+    @staticmethod
+    def _prepare(path: Path, recipe: str, about: Mapping[str, Any]) -> None:
+        """Clear what a killed process left half-written, and see whose folder it is."""
         for partial in path.rglob(".*.partial"):
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
-        run = cls(path, lock)
         if not any(path.iterdir()):
             write_json(path / "run.json", {"format": FORMAT, **_versions(), **about})
         _check_same(path, recipe)
-        return run
 
     def __enter__(self) -> Self:
         return self

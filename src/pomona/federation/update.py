@@ -48,10 +48,17 @@ def join(shared: Mapping[str, Tensor], private: ClientState) -> ClientState:
 
 
 def stack(states: Sequence[ClientState]) -> ClientState:
-    """Return a cohort's state: every tensor gains a leading client dimension."""
+    """Return a cohort's state: every tensor gains a leading client dimension.
+
+    Names come in order: sums over all tensors (a gradient's norm) must not depend on where a state
+    has been, in memory or in a file.
+    """
     return ClientState(
-        {name: torch.stack([s.adapter[name] for s in states]) for name in states[0].adapter},
-        {name: torch.stack([s.graft[name] for s in states]) for name in states[0].graft},
+        {
+            name: torch.stack([s.adapter[name] for s in states])
+            for name in sorted(states[0].adapter)
+        },
+        {name: torch.stack([s.graft[name] for s in states]) for name in sorted(states[0].graft)},
     )
 
 

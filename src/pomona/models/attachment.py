@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
 
 from torch.utils.hooks import RemovableHandle
 
@@ -22,7 +21,7 @@ class Attachment:
         for handle in self.handles:
             handle.remove()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Attachment":
         return self
 
     def __exit__(

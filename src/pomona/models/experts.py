@@ -71,9 +71,8 @@ class ExpertSite:
 
     def activate(self, gate_NW: Tensor, up_NW: Tensor) -> Tensor:
         """Return the family's own gated activation [N, W] of both halves, clamps included."""
-        if (
-            getattr(type(self.experts), "_apply_gate", None) is _default_apply_gate
-        ):  # spares copying both halves
+        own = getattr(type(self.experts), "_apply_gate", None)
+        if own is _default_apply_gate:  # what it does, without copying both halves together first
             return cast(Tensor, self.experts.act_fn(gate_NW)) * up_NW  # pyright: ignore[reportCallIssue]
         apply_gate = cast(Callable[[Tensor], Tensor], self.experts._apply_gate)
         if self.experts.is_concatenated:
@@ -140,8 +139,8 @@ def find_expert_sites(model: nn.Module) -> list[ExpertSite]:
 
 
 def _is_fused(module: nn.Module) -> bool:
-    """Read names only: a parameter that PEFT adapts is computed anew at every look."""
-    if hasattr(module, "get_delta_weight"):  # PEFT's wrapper lends itself its inner attributes
+    """Tell experts by their 3-D weights; `up_proj` alone is a family without gates."""
+    if hasattr(module, "get_delta_weight"):  # PEFT's wrapper shows the weights of what it wraps
         return False
     own = {name: getattr(module, name, None) for name in ("gate_up_proj", "up_proj", "down_proj")}
     flat = {name for name, value in own.items() if isinstance(value, Tensor) and value.ndim == 3}

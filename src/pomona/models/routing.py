@@ -31,7 +31,7 @@ def count_routing(
 
     `mask_BT` (true or 1 = counted) leaves out padding; it must fit every forward pass inside. What
     activation checkpointing computes a second time is not counted. A forward pass whose tokens do
-    not split evenly among the clients raises `ValueError`.
+    not split evenly among the clients raises `RuntimeError`.
     """
     widest = max((site.num_experts for site in sites), default=0)
     counts = RoutingCounts(torch.zeros(len(sites), num_clients, widest, dtype=torch.int64))

@@ -1,0 +1,289 @@
+"""The federation end to end: what it leaves behind, and that nothing interrupts it for good."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from pomona.artifacts import run as run_module
+from pomona.artifacts.run import RunDirectory, read_graft
+from pomona.errors import PomonaError
+from pomona.federate import FederateSettings, federate
+from pomona.federation.clients import ClientData
+from pomona.federation.graft import Graft
+from pomona.federation.local import LocalTraining
+from pomona.federation.measure import Evaluation
+from pomona.federation.partition import Dirichlet
+from pomona.federation.strategies import FedAvg, FedProx, LocalOnly
+from pomona.models.lora import LoRA
+from pomona.recipe import dump
+
+UNTIMED = {"timings.jsonl"}
+
+
+@pytest.fixture
+def settings(moe_dir: Path, rows_dir: Path) -> FederateSettings:
+    return FederateSettings(
+        model=str(moe_dir),
+        data=ClientData(train=rows_dir / "train.jsonl", test=rows_dir / "test.jsonl"),
+        rounds=3,
+        max_length=96,
+        adapter=LoRA(2, 4.0),
+        graft=Graft(rank=2),
+        local=LocalTraining(steps=2, batch=2),
+        evaluation=Evaluation(every=2, rows=3, answers=2, new_tokens=4),
+    )
+
+
+def run(settings: FederateSettings, path: Path) -> dict:
+    with RunDirectory.open(path, dump(settings), {"method": settings.name, "seed": 0}) as directory:
+        return federate(settings, directory)
+
+
+def files_of(path: Path) -> dict[str, bytes]:
+    return {
+        str(file.relative_to(path)): file.read_bytes()
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and file.name not in UNTIMED
+    }
+
+
+def test_a_run_leaves_what_it_promises(settings, tmp_path):
+    results = run(settings, tmp_path / "run")
+    assert {file for file in files_of(tmp_path / "run")} == {
+        "recipe.toml",
+        "run.json",
+        "metrics.jsonl",
+        "answers.jsonl",
+        "results.json",
+        "shared/adapter_config.json",
+        "shared/adapter_model.safetensors",
+        *(
+            f"clients/{name}/graft/{file}"
+            for name in ("apples", "pears", "plums")
+            for file in ("graft.safetensors", "graft_config.json")
+        ),
+    }
+    assert list(results["base"]["clients"]) == ["apples", "pears", "plums"]
+    metrics = [
+        json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    ]
+    assert [m["round"] for m in metrics if m["model"] == "base"] == [0, 0, 0]
+    assert {m["round"] for m in metrics if m["model"] == "personal"} == {2, 3}
+    assert {m["round"] for m in metrics if m["model"] == "training"} == {1, 2, 3}
+    shared = load_file(tmp_path / "run/shared/adapter_model.safetensors")
+    bytes_ = sum(t.nbytes for t in shared.values()) * 3
+    sent = [m for m in metrics if m["model"] == "communication"]
+    assert all(m["sent_bytes"] == m["received_bytes"] == bytes_ for m in sent)
+    moved = [t for name, t in shared.items() if "lora_B" in name]
+    assert moved
+    assert all(t.abs().max() > 0 for t in moved)
+
+
+def test_saved_personal_model_is_the_one_that_was_evaluated(settings, tmp_path):
+    """The published code saved untrained private weights; ours saves exactly what it measured."""
+    from pomona.evaluate import measure
+
+    run(settings, tmp_path / "run")
+    answers = [json.loads(x) for x in (tmp_path / "run/answers.jsonl").read_text().splitlines()]
+    own = [a for a in answers if a["client"] == "pears" and a["model"] == "personal"]
+    lines = Path(settings.data.test).read_text().splitlines()
+    rows = tmp_path / "pears.jsonl"
+    rows.write_text("\n".join(x for x in lines if json.loads(x)["category"] == "pears"))
+    figures = measure(
+        settings.model,
+        None,
+        rows,
+        tmp_path / "run/shared",
+        tmp_path / "run/clients/pears/graft",
+        "alpaca",
+        3,
+        96,
+        4,
+    )[rows.name]
+    assert figures["loss"] == pytest.approx(
+        sum(a["nats"] for a in own) / sum(a["tokens"] for a in own), abs=1e-6
+    )
+    graft, tensors = read_graft(tmp_path / "run/clients/pears/graft")
+    assert graft.form == "delta"
+    assert all(t.abs().max() > 0 for name, t in tensors.items() if "lora_B" in name)
+
+
+def test_shared_part_loads_in_peft_with_identical_logits(settings, tmp_path):
+    from peft import PeftModel
+    from pomona.federation.cohort import FrozenBase
+    from pomona.federation.update import ClientState
+    from pomona.models.peft_format import read_adapter
+
+    run(replace(settings, graft=None), tmp_path / "run")
+    tokens = torch.randint(3, 300, (2, 20), generator=torch.Generator().manual_seed(1))
+    plain = AutoModelForCausalLM.from_pretrained(settings.model).eval()
+    lora, tensors = read_adapter(tmp_path / "run/shared")
+    with torch.no_grad():
+        untouched = plain(tokens).logits
+        with FrozenBase(plain, lora).attach_one(ClientState(tensors)):
+            ours = plain(tokens).logits
+        theirs = PeftModel.from_pretrained(plain, tmp_path / "run/shared")(tokens).logits
+    assert torch.equal(ours, theirs)
+    assert not torch.equal(ours, untouched)
+
+
+def test_same_seed_same_bytes_and_another_seed_others(settings, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run(replace(settings, seed=seed), tmp_path / name)
+    a, b, c = (files_of(tmp_path / name) for name in "abc")
+    assert a == b
+    assert a["shared/adapter_model.safetensors"] != c["shared/adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize("strategy", [FedAvg(), FedProx(0.1), LocalOnly()])
+@pytest.mark.parametrize("grafted", [True, False])
+def test_every_strategy_with_and_without_grafts(settings, tmp_path, strategy, grafted):
+    graft = settings.graft if grafted else None
+    results = run(replace(settings, strategy=strategy, graft=graft, rounds=1), tmp_path / "run")
+    alone = isinstance(strategy, LocalOnly)
+    assert (results["shared"] is None) == alone
+    assert (results["personal"] is None) == (not alone and not grafted)
+    assert (tmp_path / "run/shared").exists() != alone
+    assert (tmp_path / "run/clients/pears/adapter").exists() == alone
+    assert (tmp_path / "run/clients/pears/graft").exists() == grafted
+    sent = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert all((m["sent_bytes"] == 0) == alone for m in sent if m["model"] == "communication")
+
+
+def test_cohort_size_changes_nothing_but_rounding(settings, tmp_path):
+    for name, cohort in (("one", 1), ("all", 16)):
+        run(replace(settings, cohort=cohort), tmp_path / name)
+    one, all_ = (
+        load_file(tmp_path / name / "shared/adapter_model.safetensors") for name in ("one", "all")
+    )
+    for name, value in one.items():
+        torch.testing.assert_close(value, all_[name], rtol=1e-3, atol=1e-4)
+
+
+def test_only_some_clients_take_part(settings, tmp_path):
+    run(replace(settings, fraction=0.4, rounds=2), tmp_path / "run")
+    metrics = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    per_round = [
+        [m["client"] for m in metrics if m["model"] == "training" and m["round"] == r]
+        for r in (1, 2)
+    ]
+    assert [len(clients) for clients in per_round] == [2, 2]
+
+
+class Stopped(BaseException):
+    """Stands for the process ending right there."""
+
+
+@pytest.mark.parametrize("writes", [1, 2, 5, 6, 7, 11, 14, 20, 24, 28])
+def test_interrupted_after_any_write_and_resumed_equals_uninterrupted(
+    settings, tmp_path, monkeypatch, writes
+):
+    run(settings, tmp_path / "whole")
+    count = 0
+
+    def stopping(function):
+        def wrapped(*args, **kwargs):
+            nonlocal count
+            function(*args, **kwargs)
+            count += 1
+            if count == writes:
+                raise Stopped
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        for name in ("write_tensors", "write_json", "write_text", "write_adapter"):
+            patch.setattr(run_module, name, stopping(getattr(run_module, name)))
+        with pytest.raises(Stopped):
+            run(settings, tmp_path / "cut")
+    run(settings, tmp_path / "cut")
+    assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
+
+
+def test_killed_and_started_again_with_the_same_command(settings, tmp_path, capfd):
+    """SIGKILL at several instants of a real process; the last start runs to its end."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(dump(replace(settings, rounds=12)), encoding="utf-8")
+
+    def start(out: Path) -> subprocess.Popen:
+        command = [sys.executable, "-m", "pomona", "federate", str(recipe), "--out", str(out)]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    cut = tmp_path / "run"
+    for rounds in (1, 4, 9):
+        process = start(cut)
+        state = cut / "checkpoint/state.json"
+        for _ in range(1200):
+            if process.poll() is not None:
+                break
+            if state.exists() and json.loads(state.read_text())["round"] >= rounds:
+                break
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert not (cut / "results.json").exists()
+    assert start(cut).wait() == 0
+    done = files_of(cut)
+    cut.rename(tmp_path / "cut")
+    assert start(cut).wait() == 0
+    assert files_of(cut) == done
+
+
+def test_a_finished_run_is_not_run_again(settings, tmp_path):
+    first = run(settings, tmp_path / "run")
+    before = files_of(tmp_path / "run")
+    assert run(settings, tmp_path / "run") == first
+    assert files_of(tmp_path / "run") == before
+
+
+def test_a_directory_that_holds_another_run_is_refused(settings, tmp_path):
+    run(settings, tmp_path / "run")
+    before = files_of(tmp_path / "run")
+    with pytest.raises(PomonaError, match="another recipe"):
+        run(replace(settings, rounds=9), tmp_path / "run")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/notes.txt").write_text("mine")
+    with pytest.raises(PomonaError, match="no run"):
+        run(settings, tmp_path / "other")
+    assert files_of(tmp_path / "run") == before
+    assert [p.name for p in (tmp_path / "other").iterdir()] == ["notes.txt"]
+
+
+def test_a_directory_in_use_is_refused(settings, tmp_path):
+    with RunDirectory.open(tmp_path, dump(settings), {"method": "m", "seed": 0}):
+        with pytest.raises(PomonaError, match="in use"):
+            RunDirectory.open(tmp_path, dump(settings), {"method": "m", "seed": 0})
+
+
+def test_a_client_without_rows_is_named(settings, tmp_path):
+    data = replace(settings.data, partition=Dirichlet(clients=30, alpha=0.05))
+    with pytest.raises(PomonaError, match=r'client "client-\d\d" has no train rows'):
+        run(replace(settings, data=data), tmp_path / "run")
+
+
+def test_context_longer_than_the_models_is_refused(settings, tmp_path):
+    with pytest.raises(PomonaError, match="max_length 1000 is longer than the context"):
+        run(replace(settings, max_length=1000), tmp_path / "run")
+
+
+def test_a_dense_model_takes_no_graft(settings, dense_dir, tmp_path):
+    with pytest.raises(PomonaError, match="no mixture-of-experts layer"):
+        run(replace(settings, model=str(dense_dir)), tmp_path / "run")
+    plain = replace(settings, model=str(dense_dir), graft=None, rounds=1)
+    assert run(plain, tmp_path / "plain")["shared"] is not None
+
+
+def test_the_router_of_the_base_never_moves(settings, tmp_path):
+    before = files_of(Path(settings.model))
+    run(settings, tmp_path / "run")
+    assert files_of(Path(settings.model)) == before
