@@ -20,7 +20,8 @@ assembling what is left as experts with a router (method: DIVE, arXiv 2506.09351
 checkpoint: `AutoModelForCausalLM.from_pretrained` opens it. The experts have not been retrained.
 The base model's licence and limits apply.
 
-- {layers} layers, {experts} experts of width {width} (dense: {made.plan.channels}), {settings.active} active per token
+- {layers} layers, {experts} experts of width {width} (dense: {made.plan.channels}),
+  {settings.active} active per token
 - {made.total_parameters:,} parameters, {made.active_parameters:,} active (dense: {made.dense_parameters:,})
 - calibrated on {settings.windows} windows of {settings.length} tokens per domain, seed {settings.seed}
 - score {settings.score!r}, compensation {settings.compensation!r}, router {settings.router!r}

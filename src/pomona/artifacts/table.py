@@ -9,9 +9,15 @@ from typing import Any
 import numpy as np
 
 from pomona.errors import PomonaError
-from pomona.evaluation.intervals import Interval, ratio_bootstrap
+from pomona.evaluation.intervals import (
+    Comparison,
+    Interval,
+    Ratio,
+    paired_bootstrap,
+    ratio_bootstrap,
+)
 
-BASE = "base (untuned)"
+BASE = "base"
 
 
 @dataclass(frozen=True)
@@ -82,46 +88,60 @@ def compare(runs: Sequence[FinishedRun], measure: str) -> list[Line]:
 
 def _line(method: str, runs: Sequence[FinishedRun], model: str, measure: str) -> Line:
     seeds = tuple(sorted({run.seed for run in runs}))
-    rows = {
-        client: ratio_rows(runs, model, client, measure)
-        for client in runs[0].results[model]["clients"]
-    }
+    rows = _rows(runs, model, measure)
     clients = {name: float(top.sum() / bottom.sum()) for name, (top, bottom) in rows.items()}
     return Line(method, seeds, clients, ratio_bootstrap(list(rows.values())))
 
 
-def ratio_rows(
-    runs: Sequence[FinishedRun], model: str, client: str, measure: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return numerator and denominator per test row [n], each averaged over the runs' seeds.
+def _rows(runs: Sequence[FinishedRun], model: str | None, measure: str) -> dict[str, Ratio]:
+    """Return every client's rows for a model, or for the one each client is served by."""
+    served = model or runs[0].served
+    clients = runs[0].results[served]["clients"]
+    return {client: ratio_rows(runs, served, client, measure) for client in clients}
 
-    A loss is Σ nats / Σ tokens, ROUGE-L a plain mean over the rows that were answered.
+
+def ratio_rows(runs: Sequence[FinishedRun], model: str, client: str, measure: str) -> Ratio:
+    """Return numerator and denominator per test row [n].
+
+    A loss is Σ nats / Σ tokens, ROUGE-L a plain mean over the rows that were answered. Where all seeds
+    were tested on the same rows, a row's value is averaged over them; where a seed dealt other rows
+    (Dirichlet), the rows of all seeds stand side by side.
     """
     above, below = ("nats", "tokens") if measure == "loss" else ("rouge_l", None)
     own = [[a for a in run.answers if (a["client"], a["model"]) == (client, model)] for run in runs]
     kept = [[a for a in answers if a[above] is not None] for answers in own]
-    top = np.mean([[a[above] for a in answers] for answers in kept], axis=0)
-    bottom = np.mean([[a[below] if below else 1.0 for a in answers] for answers in kept], axis=0)
-    return top, bottom
+    top = [np.array([a[above] for a in answers]) for answers in kept]
+    bottom = [np.array([a[below] if below else 1.0 for a in answers]) for answers in kept]
+    same = len({tuple((a["row"], a["tokens"]) for a in answers) for answers in kept}) == 1
+    join = (lambda parts: np.mean(parts, axis=0)) if same else np.concatenate
+    return join(top), join(bottom)
+
+
+def pairwise(runs: Sequence[FinishedRun], measure: str) -> list[tuple[str, str, Comparison]]:
+    """Compare every two methods on the same test rows; methods measured on other rows are left out."""
+    methods = list(dict.fromkeys(run.method for run in runs))
+    rows = {m: _rows([r for r in runs if r.method == m], None, measure) for m in methods}
+    return [
+        (a, b, paired_bootstrap(list(rows[a].values()), list(rows[b].values())))
+        for i, a in enumerate(methods)
+        for b in methods[i + 1 :]
+        if all(len(rows[a][c][0]) == len(rows[b][c][0]) for c in rows[a])
+    ]
 
 
 def table(runs: Sequence[FinishedRun], measure: str) -> tuple[list[str], list[list[str]]]:
-    """Return the header and the rows of a printed comparison."""
+    """Return header and rows of a comparison that fits a terminal: one client per row."""
     lines = compare(runs, measure)
-    clients = list(lines[0].clients)
     digits = 3 if measure == "loss" else 1
-    header = ["method", *clients, "mean", "95 % interval", "seeds"]
     rows = [
-        [
-            line.method,
-            *(f"{line.clients[name]:.{digits}f}" for name in clients),
-            f"{line.mean.mean:.{digits}f}",
-            f"{line.mean.low:.{digits}f} – {line.mean.high:.{digits}f}",
-            str(len(line.seeds)) if line.method != BASE else "",
-        ]
-        for line in lines
+        [name, *(f"{line.clients[name]:.{digits}f}" for line in lines)] for name in lines[0].clients
     ]
-    return header, rows
+    rows.append(["mean", *(f"{line.mean.mean:.{digits}f}" for line in lines)])
+    bounds = [f"{line.mean.low:.{digits}f}–{line.mean.high:.{digits}f}" for line in lines]
+    rows.append(["95 % interval", *bounds])
+    if any(len(line.seeds) > 1 for line in lines):
+        rows.append(["seeds", *("" if x.method == BASE else str(len(x.seeds)) for x in lines)])
+    return ["client", *(line.method for line in lines)], rows
 
 
 MEASURES = {

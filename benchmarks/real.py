@@ -1,0 +1,191 @@
+"""The main job on real material: a dense model to a mixture to personal models.
+
+    python benchmarks/real.py [--quick] [--out runs/real] [--json PATH]
+
+Reconstructs `rootstock-3m` from ten calibration domains, then federates the mixture over four Dolly
+clients with FedAvg, local-only (without and with the graft) and FLEx, three seeds each; then the same
+directly on a tiny random Qwen2-MoE, whose experts have a shared expert beside them. Material is found
+through POMONA_DATA and POMONA_MODELS. Interrupted, it goes on where it was.
+"""
+
+import argparse
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+from pomona.artifacts.report import write_report
+from pomona.artifacts.run import RunDirectory
+from pomona.artifacts.table import MEASURES, compare, load_runs, pairwise
+from pomona.cli.console import console, print_comparison, progress_bars
+from pomona.data.texts import read_domains
+from pomona.evaluate import measure
+from pomona.federate import FederateSettings, federate
+from pomona.files import write_json
+from pomona.recipe import dump, read_recipe
+from pomona.reconstruct import ReconstructSettings, reconstruct
+
+ROOT = Path(__file__).resolve().parent.parent
+METHODS = ("local-only", "local-only-graft", "fedavg", "flex")
+
+
+def main() -> None:
+    options = _options()
+    os.environ.setdefault("POMONA_DATA", str(ROOT.parent / "shared" / "data"))
+    os.environ.setdefault("POMONA_MODELS", str(ROOT.parent / "shared" / "models"))
+    torch.set_num_threads(2)
+    out: Path = options.out
+    text = _reconstructed(out, options.quick)
+    seeds = (0,) if options.quick else (0, 1, 2)
+    rounds = 4 if options.quick else 20
+    tables = {
+        "rootstock-3m": _federated(out / "rootstock", out / "mixture", METHODS, seeds, rounds),
+        "random Qwen2-MoE": _federated(
+            out / "qwen2-moe", _random_qwen2_moe(out), ("fedavg", "flex"), seeds[:1], rounds
+        ),
+    }
+    _write(options, text, tables)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="one seed, four rounds, fewer windows")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "real")
+    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "real.json")
+    return parser.parse_args()
+
+
+def _reconstructed(out: Path, quick: bool) -> dict[str, dict[str, float]]:
+    """Make the mixture and return held-out loss per domain, dense beside mixture."""
+    data = Path(os.environ["POMONA_DATA"]) / "calibration"
+    dense = Path(os.environ["POMONA_MODELS"]) / "rootstock-3m"
+    mixture = out / "mixture"
+    if not mixture.exists():
+        settings = ReconstructSettings(windows=32 if quick else 128, affinity_windows=8)
+        with progress_bars() as progress:
+            console.print(str(reconstruct(dense, read_domains(data), mixture, settings, progress)))
+    return {
+        name: {domain: own["loss"] for domain, own in _on_text(path, data).items()}
+        for name, path in (("dense", dense), ("mixture", mixture))
+    }
+
+
+def _on_text(model: Path, data: Path) -> dict[str, dict[str, float]]:
+    return measure(str(model), str(data), None, None, None, "alpaca", 32, 256, 0)
+
+
+def _random_qwen2_moe(out: Path) -> Path:
+    """Save a small random mixture with a gated shared expert and rootstock's tokenizer."""
+    folder = out / "qwen2-moe-model"
+    if not folder.exists():
+        tokenizer = AutoTokenizer.from_pretrained(
+            Path(os.environ["POMONA_MODELS"]) / "rootstock-3m"
+        )
+        torch.manual_seed(0)
+        config = Qwen2MoeConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=96,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_experts=8,
+            num_experts_per_tok=2,
+            moe_intermediate_size=64,
+            shared_expert_intermediate_size=128,
+            max_position_embeddings=1024,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+        Qwen2MoeForCausalLM(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _federated(
+    out: Path, model: Path, methods: tuple[str, ...], seeds: tuple[int, ...], rounds: int
+) -> list[Path]:
+    runs: list[Path] = []
+    for seed in seeds:
+        for method in methods:
+            given = {"model": str(model.resolve()), "seed": seed, "rounds": rounds}
+            settings = read_recipe(ROOT / "recipes" / f"{method}.toml", FederateSettings, given)
+            runs.append(out / f"{method}-{seed}")
+            about = {"command": sys.argv, "method": method, "seed": seed}
+            with RunDirectory.open(runs[-1], dump(settings), about) as run:
+                with progress_bars(f"{method} {seed}") as progress:
+                    federate(settings, run, progress)
+    write_report(runs, out / "report.html")
+    console.print(f"{model}: {out / 'report.html'}")
+    print_comparison(runs)
+    return runs
+
+
+def _write(options: argparse.Namespace, text: object, tables: dict[str, list[Path]]) -> None:
+    main_runs = load_runs(tables["rootstock-3m"])
+    losses = {line.method: line.mean.mean for line in compare(main_runs, "loss")}
+    pairs = (
+        ("flex", "base"),
+        ("flex", "fedavg"),
+        ("flex", "local-only"),
+        ("flex", "local-only-graft"),
+    )
+    write_json(
+        options.json,
+        {
+            "command": shlex.join(["python", *sys.argv]),
+            "commit": _commit(),
+            "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+            "heldout_nats_per_token": text,
+            "rows": {name: _rows(load_runs(paths)) for name, paths in tables.items()},
+            "bars": [
+                {
+                    "name": f"{a}: mean answer loss below {b}",
+                    "value": losses[a],
+                    "bar": losses[b],
+                    "holds": losses[a] < losses[b],
+                }
+                for a, b in pairs
+            ],
+        },
+    )
+    console.print(str(options.json))
+
+
+def _rows(runs: list) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = [
+        {
+            "measure": measure,
+            "method": line.method,
+            "seeds": line.seeds,
+            "clients": line.clients,
+            "mean": line.mean.mean,
+            "interval": [line.mean.low, line.mean.high],
+        }
+        for measure in MEASURES
+        for line in compare(runs, measure)
+    ]
+    differences = [
+        {
+            "difference": f"{a} - {b}",
+            "mean": c.difference.mean,
+            "p": c.p_value,
+            "interval": [c.difference.low, c.difference.high],
+        }
+        for a, b, c in pairwise(runs, "loss")
+    ]
+    return rows + differences
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+if __name__ == "__main__":
+    main()

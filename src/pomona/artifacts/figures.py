@@ -1,0 +1,88 @@
+"""Plots as inline SVG; every figure names the file its numbers come from."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("svg")
+import matplotlib.pyplot as plt
+
+from pomona.artifacts.table import FinishedRun, Line
+
+# The same run gives the same page: no dates, no random element ids. Text stays text, in the page's font.
+mpl.rcParams.update(
+    {
+        "svg.hashsalt": "pomona",
+        "svg.fonttype": "none",
+        "font.family": "sans-serif",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.prop_cycle": mpl.cycler(
+            color=["#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b7791f"]
+        ),
+    }
+)
+
+
+def convergence(runs: Sequence[FinishedRun]) -> str:
+    """Mean answer loss of the model each client is served by, over the rounds."""
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    base = _mean_by_round(runs[0], "base")
+    axes.axhline(base[0][1], color="#718096", linestyle="--", label="base (untuned)")
+    for run in runs:
+        points = [*base, *_mean_by_round(run, run.served)]
+        label = run.method if len({r.seed for r in runs}) == 1 else f"{run.method}, seed {run.seed}"
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
+    axes.set(xlabel="round", ylabel="nats per answer token")
+    axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def per_client(lines: Sequence[Line], ylabel: str) -> str:
+    """One bar per client and method."""
+    clients = list(lines[0].clients)
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    width = 0.8 / len(lines)
+    for place, line in enumerate(lines):
+        left = [i + (place - (len(lines) - 1) / 2) * width for i in range(len(clients))]
+        color = "#a0aec0" if place == 0 else None
+        axes.bar(left, [line.clients[c] for c in clients], width, label=line.method, color=color)
+    axes.set_xticks(range(len(clients)), clients, rotation=12 if len(clients) > 3 else 0)
+    values = [value for line in lines for value in line.clients.values()]
+    if min(values) > 0.5 * max(values):  # small differences of large figures need a closer look
+        axes.set_ylim(min(values) * 0.95, max(values) * 1.02)
+    axes.set_ylabel(ylabel)
+    axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def heat_map(
+    matrix: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], label: str
+) -> str:
+    """A matrix with its values as colours: expert load, gate openness, affinity."""
+    figure, axes = plt.subplots(figsize=(7, 0.8 + 0.32 * max(len(rows), 3)), layout="constrained")
+    image = axes.imshow(matrix, aspect="auto", cmap="viridis")
+    axes.set_xticks(range(len(columns)), columns, rotation=30 if len(columns) > 10 else 0)
+    axes.set_yticks(range(len(rows)), rows)
+    figure.colorbar(image, ax=axes, label=label)
+    return _svg(figure)
+
+
+def _mean_by_round(run: FinishedRun, model: str) -> list[tuple[int, float]]:
+    lines: list[Mapping[str, Any]] = [m for m in run.metrics if m["model"] == model]
+    rounds = sorted({line["round"] for line in lines})
+    means: list[tuple[int, float]] = []
+    for round_ in rounds:
+        losses = [line["loss"] for line in lines if line["round"] == round_]
+        means.append((round_, sum(losses) / len(losses)))
+    return means
+
+
+def _svg(figure: Any) -> str:
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
+    plt.close(figure)
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :]
