@@ -30,9 +30,20 @@ def data_dir() -> Path:
     return _material("POMONA_DATA", "data")
 
 
-WORDS = (
-    "red green blue apple pear plum tree leaf root seed rain sun one two three four five".split()
-)
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "apple",
+    "pear",
+    "plum",
+    "tree",
+    "leaf",
+    "root",
+    "seed",
+    "rain",
+    "sun",
+]
 
 
 def word_text(seed: int, words: int) -> str:

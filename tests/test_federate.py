@@ -59,7 +59,7 @@ def files_of(path: Path) -> dict[str, bytes]:
 
 def test_a_run_leaves_what_it_promises(settings, tmp_path):
     results = run(settings, tmp_path / "run")
-    assert {file for file in files_of(tmp_path / "run")} == {
+    assert set(files_of(tmp_path / "run")) == {
         "recipe.toml",
         "run.json",
         "metrics.jsonl",
@@ -120,6 +120,7 @@ def test_saved_personal_model_is_the_one_that_was_evaluated(settings, tmp_path):
 
 def test_shared_part_loads_in_peft_with_identical_logits(settings, tmp_path):
     from peft import PeftModel
+
     from pomona.federation.cohort import FrozenBase
     from pomona.federation.update import ClientState
     from pomona.models.peft_format import read_adapter

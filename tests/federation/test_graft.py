@@ -6,11 +6,11 @@ from families import FAMILIES
 from laws.test_federation_laws import TOKENS, base_of, grown, logits, newborn
 from torch.nn import functional as fn
 
+from pomona.data.examples import Example, collate
 from pomona.federation.graft import Graft, gate_value, selected_experts
 from pomona.federation.selection import SELECTIONS, Reconstruction
 from pomona.federation.update import ClientState, stack
 from pomona.models.experts import enable_checkpointing
-from pomona.data.examples import Example, collate
 
 FORMS = ("delta", "copy")
 

@@ -18,6 +18,7 @@ from pomona.models.experts import find_expert_sites, freeze
 from pomona.models.lora import LoRA, find_projections
 
 TOKENS = torch.randint(3, 60, (4, 12), generator=torch.Generator().manual_seed(7))
+GRAFT = Graft(rank=2)
 # Compressed attention and hybrid layers have no q_proj everywhere; name what each family has.
 TARGETS = {
     "deepseek_v2": ("q_a_proj", "kv_a_proj_with_mqa"),
@@ -25,7 +26,7 @@ TARGETS = {
 }
 
 
-def base_of(family: str, graft: Graft | None = Graft(rank=2)) -> FrozenBase:
+def base_of(family: str, graft: Graft = GRAFT) -> FrozenBase:
     model = FAMILIES[family]()
     freeze(model)
     lora = LoRA(2, 4.0, TARGETS.get(family, ("q_proj", "k_proj", "v_proj")))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from pomona.evaluation.loss import perplexity, text_loss
@@ -48,7 +49,7 @@ def perplexity_affinity(
                 perplexity_MM[i, j] = perplexity(text_loss(dense.model, windows_BT))
     progress("affinity", len(domains) ** 2, len(domains) ** 2)
     relative_MM = perplexity_MM.min(dim=0).values / perplexity_MM
-    return DomainAffinity(tuple(domains), torch.corrcoef(relative_MM), perplexity_MM)
+    return DomainAffinity(tuple(domains), correlate_rows(relative_MM), perplexity_MM)
 
 
 def score_affinity(domains: Sequence[str], scores: Sequence[PerLayerChannel]) -> DomainAffinity:
@@ -62,5 +63,16 @@ def score_affinity(domains: Sequence[str], scores: Sequence[PerLayerChannel]) ->
         centred_LF = log_LF - log_LF.mean(dim=1, keepdim=True)
         return (centred_LF / centred_LF.std(dim=1, keepdim=True).clamp_min(1e-12)).flatten()
 
-    correlation_MM: Affinity = torch.corrcoef(torch.stack([flat(score) for score in scores]))
+    correlation_MM = correlate_rows(torch.stack([flat(score) for score in scores]))
     return DomainAffinity(tuple(domains), correlation_MM)
+
+
+def correlate_rows(value_MX: Float[Tensor, "M X"]) -> Affinity:
+    """Return Pearson's correlation of every two rows, also where a row does not vary.
+
+    Domains that nothing tells apart (nothing was pruned, or all pruned models are alike) count as
+    fully alike if their rows are equal and as unrelated otherwise.
+    """
+    correlation_MM = torch.corrcoef(value_MX)
+    equal_MM = (value_MX.unsqueeze(0) == value_MX.unsqueeze(1)).all(dim=2)
+    return torch.where(correlation_MM.isnan(), equal_MM.to(value_MX.dtype), correlation_MM)

@@ -6,12 +6,12 @@ from transformers import PreTrainedTokenizerBase
 
 from pomona.data.row import Row
 
-_WITH_CONTEXT = (
+WITH_CONTEXT = (
     "Below is an instruction that describes a task, paired with an input that provides further "
     "context. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{context}\n\n### Response:\n"
 )
-_ALONE = (
+ALONE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
     "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
 )
@@ -23,5 +23,5 @@ class Alpaca:
 
     def prompt(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
         """Return the prompt; it does not depend on the tokenizer."""
-        form = _WITH_CONTEXT if row.context.strip() else _ALONE
+        form = WITH_CONTEXT if row.context.strip() else ALONE
         return form.format(instruction=row.instruction.strip(), context=row.context.strip())

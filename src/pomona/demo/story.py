@@ -1,0 +1,75 @@
+"""The whole story on the embedded default: reconstruct → federate three ways → report."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from importlib.resources import files
+from pathlib import Path
+
+from pomona.artifacts.report import write_report
+from pomona.artifacts.run import RunDirectory
+from pomona.data.row import Row
+from pomona.demo.clients import client_rows
+from pomona.demo.domains import domain_texts
+from pomona.federate import FederateSettings, federate
+from pomona.federation.graft import Graft
+from pomona.federation.strategies import FedAvg, LocalOnly
+from pomona.files import write_text
+from pomona.progress import Progress, silent
+from pomona.recipe import build, dump
+from pomona.recipe.read import read_table
+from pomona.reconstruct import ReconstructSettings, reconstruct
+
+MODEL = Path(str(files("pomona.demo"))) / "model"
+_RECIPE = Path(str(files("pomona.demo"))) / "recipe.toml"
+
+
+def tell(out: Path, seed: int = 0, progress: Progress = silent) -> tuple[list[Path], Path]:
+    """Run the demo in `out`, or go on with it; return its run directories and the report.
+
+    The mixture is made once; each seed has runs, clients' rows and draws of its own.
+    """
+    mixture, clients = out / "mixture", out / f"clients-{seed}"
+    if not mixture.exists():
+        settings = ReconstructSettings(experts=4, active=2, keep=0.5, windows=32, length=128)
+        texts = domain_texts(seed=2, documents=60)
+        reconstruct(MODEL, texts, mixture, replace(settings, affinity_windows=4), progress)
+    write_clients(clients, seed)
+    runs = [_federate(out, settings, progress) for settings in methods(mixture, clients, seed)]
+    write_report(runs, out / "report.html")
+    return runs, out / "report.html"
+
+
+def methods(mixture: Path, clients: Path, seed: int) -> list[FederateSettings]:
+    """Return local-only, FedAvg and FLEx: one recipe, other strategy and graft."""
+    table = read_table(_RECIPE)
+    table |= {"model": str(mixture.resolve()), "data": {"folder": str(clients.resolve())}}
+    common = replace(build(FederateSettings, table, Path.cwd(), str(_RECIPE)), seed=seed)
+    return [
+        replace(common, name="local-only", strategy=LocalOnly()),
+        replace(common, name="FedAvg", strategy=FedAvg()),
+        replace(common, name="FLEx", strategy=FedAvg(), graft=Graft(rank=8)),
+    ]
+
+
+def write_clients(folder: Path, seed: int) -> None:
+    """Write every house's NAME.train.jsonl and NAME.test.jsonl, as users have theirs."""
+    for name, (train, test) in client_rows(seed).items():
+        _write_rows(folder / f"{name}.train.jsonl", train)
+        _write_rows(folder / f"{name}.test.jsonl", test)
+
+
+def _write_rows(path: Path, rows: Sequence[Row]) -> None:
+    write_text(path, "".join(json.dumps(asdict(row)) + "\n" for row in rows))
+
+
+def _federate(out: Path, settings: FederateSettings, progress: Progress) -> Path:
+    path = out / f"{settings.name.lower()}-{settings.seed}"
+    about = {"command": ["pomona", "demo"], "method": settings.name, "seed": settings.seed}
+
+    def titled(stage: str, done: int, total: int) -> None:
+        progress(f"{settings.name} {stage}", done, total)
+
+    with RunDirectory.open(path, dump(settings), about) as run:
+        federate(settings, run, titled)
+    return path
