@@ -1,0 +1,122 @@
+"""Reading rows and text: every format, and a file and line for every complaint."""
+
+import json
+
+import pytest
+
+from pomona.data.formats import FORMATS
+from pomona.data.rows import Row, read_rows
+from pomona.data.texts import consecutive_windows, encode_texts, read_domains, sample_windows
+from pomona.errors import PomonaError
+from pomona.models.loading import load_tokenizer
+
+RECORDS = {
+    "dolly": {"instruction": "a", "context": "b", "response": "c", "category": "d"},
+    "alpaca": {"instruction": "a", "input": "b", "output": "c", "category": "d"},
+    "qa": {"question": "a", "context": "b", "answer": "c", "category": "d"},
+    "prompt": {"prompt": "a", "completion": "c", "category": "d"},
+}
+
+
+def write(path, *lines):
+    path.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines), "utf-8")
+    return path
+
+
+def test_every_format_is_tried_here():
+    assert RECORDS.keys() == FORMATS.keys()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("asked", ["auto", "own"])
+def test_formats(tmp_path, name, asked):
+    path = write(tmp_path / "x.jsonl", RECORDS[name], "", RECORDS[name])
+    context = "" if name == "prompt" else "b"
+    rows = read_rows(path, name if asked == "own" else "auto")
+    assert rows == [Row("a", context, "c", "d")] * 2
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], "x.jsonl is empty"),
+        ([RECORDS["qa"], "{oops"], r"x.jsonl:2: not valid JSON"),
+        ([RECORDS["qa"], "[1]"], r"x.jsonl:2: not a JSON object"),
+        (
+            [RECORDS["qa"], {"question": "a"}],
+            r'x.jsonl:2: the field "answer" is missing; the line has question',
+        ),
+        (
+            [{"question": "a", "answer": 3}],
+            r'x.jsonl:1: the field "answer" is 3; it should be text',
+        ),
+        ([{"foo": "a"}], r"x.jsonl:1: fields foo fit no row format"),
+    ],
+)
+def test_complaints_name_file_and_line(tmp_path, lines, message):
+    with pytest.raises(PomonaError, match=message):
+        read_rows(write(tmp_path / "x.jsonl", *lines))
+
+
+def test_missing_file_wrong_encoding_unknown_format(tmp_path):
+    with pytest.raises(PomonaError, match=r"cannot read .*none.jsonl: No such file"):
+        read_rows(tmp_path / "none.jsonl")
+    (tmp_path / "latin.jsonl").write_bytes('{"question": "é"}'.encode("latin-1"))
+    with pytest.raises(PomonaError, match=r"latin.jsonl is not UTF-8 text"):
+        read_rows(tmp_path / "latin.jsonl")
+    with pytest.raises(PomonaError, match='unknown row format "csv"; there are auto, dolly'):
+        read_rows(tmp_path / "x", "csv")
+
+
+def test_domains_are_named_by_file_and_held_out_files_kept_apart(tmp_path):
+    write(tmp_path / "b.train.jsonl", {"text": "one"}, {"text": " two "})
+    write(tmp_path / "b.valid.jsonl", {"text": "three"})
+    (tmp_path / "a.txt").write_text("first\nline\n\nsecond\n")
+    (tmp_path / "notes.md").write_text("no")
+    assert read_domains(tmp_path) == {"a": ["first\nline", "second"], "b": ["one", "two"]}
+    assert list(read_domains(tmp_path)) == ["a", "b"]
+    assert read_domains(tmp_path, "valid") == {"b": ["three"]}
+    assert read_domains(str(tmp_path / "*.train.jsonl")) == {"b": ["one", "two"]}
+    write(tmp_path / "a.jsonl", {"text": "x"})
+    with pytest.raises(PomonaError, match='second file of the domain "a"'):
+        read_domains(tmp_path)
+
+
+@pytest.mark.parametrize("make", ["missing", "empty folder", "empty file", "no text"])
+def test_bad_domains(tmp_path, make):
+    folder = tmp_path / "d"
+    if make != "missing":
+        folder.mkdir()
+    if make == "empty file":
+        (folder / "a.txt").write_text("\n\n")
+    if make == "no text":
+        write(folder / "a.jsonl", {"txt": "x"})
+    with pytest.raises(
+        PomonaError, match=r"is not a folder|holds no|a.txt is empty|a.jsonl:1: the field"
+    ):
+        read_domains(folder)
+
+
+def test_windows_are_a_function_of_seed_and_domain(moe_dir):
+    tokenizer = load_tokenizer(moe_dir)
+    texts = ["red green", "blue apple pear plum tree leaf root seed rain sun " * 5, "sun"]
+    first = sample_windows(texts, tokenizer, 20, 16, 0, "x")
+    assert first.shape == (20, 16)
+    assert first.tolist() == sample_windows(texts, tokenizer, 20, 16, 0, "x").tolist()
+    assert first.tolist() != sample_windows(texts, tokenizer, 20, 16, 1, "x").tolist()
+    assert first.tolist() != sample_windows(texts, tokenizer, 20, 16, 0, "y").tolist()
+    known = {t for document in encode_texts(texts, tokenizer) for t in document}
+    assert set(first.flatten().tolist()) <= known
+    with pytest.raises(
+        PomonaError, match=r'domain "x" has \d+ tokens, fewer than one window of 999'
+    ):
+        sample_windows(texts, tokenizer, 1, 999, 0, "x")
+
+
+def test_consecutive_windows_cover_the_text_once(moe_dir):
+    tokenizer = load_tokenizer(moe_dir)
+    texts = ["red green blue apple " * 10, "pear plum"]
+    joined = [t for document in encode_texts(texts, tokenizer) for t in document]
+    windows = consecutive_windows(texts, tokenizer, 7)
+    assert windows.flatten().tolist() == joined[: len(joined) // 7 * 7]
+    assert consecutive_windows(texts, tokenizer, 7, 2).tolist() == windows[:2].tolist()
