@@ -1,0 +1,132 @@
+"""The comparison and its page: figures that can be recomputed, one file without any request."""
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+
+from pomona.artifacts.report import write_report
+from pomona.artifacts.run import RunDirectory
+from pomona.artifacts.table import compare, load_runs, pairwise, table
+from pomona.errors import PomonaError
+from pomona.federate import FederateSettings, federate
+from pomona.federation.clients import ClientData
+from pomona.federation.graft import Graft
+from pomona.federation.local import LocalTraining
+from pomona.federation.measure import Evaluation
+from pomona.federation.strategies import LocalOnly
+from pomona.models.lora import LoRA
+from pomona.recipe import dump
+
+
+@pytest.fixture(scope="module")
+def runs(moe_dir, rows_dir, tmp_path_factory):
+    """FLEx with two seeds and local-only, finished."""
+    out = tmp_path_factory.mktemp("runs")
+    flex = FederateSettings(
+        model=str(moe_dir),
+        data=ClientData(train=rows_dir / "train.jsonl", test=rows_dir / "test.jsonl"),
+        name="flex & <co>",
+        rounds=2,
+        max_length=96,
+        adapter=LoRA(2, 4.0),
+        graft=Graft(rank=2),
+        local=LocalTraining(steps=1, batch=2),
+        evaluation=Evaluation(every=1, answers=2, new_tokens=3),
+    )
+    every = [
+        flex,
+        replace(flex, seed=1),
+        replace(flex, name="local-only", graft=None, strategy=LocalOnly()),
+    ]
+    for number, settings in enumerate(every):
+        about = {"command": ["pomona"], "method": settings.name, "seed": settings.seed}
+        with RunDirectory.open(out / str(number), dump(settings), about) as run:
+            federate(settings, run)
+    return [out / str(number) for number in range(3)]
+
+
+def test_lines_are_the_base_and_one_per_method(runs):
+    base, flex, alone = compare(load_runs(runs), "loss")
+    assert [base.method, flex.method, alone.method] == ["base", "flex & <co>", "local-only"]
+    assert flex.seeds == (0, 1)
+    results = [json.loads((run / "results.json").read_text()) for run in runs]
+    assert alone.mean.mean == pytest.approx(results[2]["personal"]["mean"]["loss"])
+    assert base.mean.mean == pytest.approx(results[0]["base"]["mean"]["loss"])
+    both = [r["personal"]["clients"]["pears"]["loss"] for r in results[:2]]
+    assert flex.clients["pears"] == pytest.approx(sum(both) / 2)
+    assert flex.mean.low < flex.mean.mean < flex.mean.high
+
+
+def test_pairs_and_the_printed_table(runs):
+    ((a, b, found),) = pairwise(load_runs(runs), "loss")
+    lines = {line.method: line for line in compare(load_runs(runs), "loss")}
+    assert found.difference.mean == pytest.approx(lines[a].mean.mean - lines[b].mean.mean)
+    header, rows = table(load_runs(runs), "rouge_l")
+    assert header == ["client", "base", "flex & <co>", "local-only"]
+    assert [row[0] for row in rows] == [
+        "apples",
+        "pears",
+        "plums",
+        "mean",
+        "95 % interval",
+        "seeds",
+    ]
+
+
+class Tags(HTMLParser):
+    VOID = ("meta", "br", "path", "use")
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.seen = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_asks_nobody(runs, tmp_path):
+    write_report(runs, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text("utf-8")
+    tags = Tags()
+    tags.feed(page)
+    assert tags.open == []
+    names = [tag for tag, _ in tags.seen]
+    assert names.count("svg") >= 5
+    assert names.count("table") >= 6
+    assert "script" not in names
+    assert "link" not in names
+    wanted = [a.get("src") or a.get("href") or a.get("xlink:href") for _, a in tags.seen]
+    assert all(w.startswith(("#", "data:")) for w in wanted if w)
+    assert not re.search(r"url\((?!#|\")", page)
+    assert "flex &amp; &lt;co&gt;" in page
+    assert "<co>" not in page
+    for line in compare(load_runs(runs), "loss"):
+        assert f"{line.mean.mean:.3f}" in page
+
+
+def test_the_same_runs_give_the_same_page(runs, tmp_path):
+    write_report(runs, tmp_path / "a.html")
+    write_report(runs, tmp_path / "b.html")
+    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+
+
+def test_what_cannot_be_reported_is_named(runs, tmp_path):
+    with pytest.raises(PomonaError, match="is no run directory"):
+        write_report([tmp_path], tmp_path / "r.html")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half/run.json").write_text("{}")
+    with pytest.raises(PomonaError, match="is not finished; run its command again"):
+        write_report([tmp_path / "half"], tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()
