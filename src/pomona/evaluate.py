@@ -1,14 +1,17 @@
 """Evaluate: what a model, or a client's personal model, is worth on text and on rows."""
 
+from collections.abc import Mapping
 from pathlib import Path
+
+from torch import Tensor
 
 from pomona.artifacts.run import read_graft
 from pomona.data.examples import encode, padding_id
 from pomona.data.rows import read_rows
 from pomona.data.templates import TEMPLATES
-from pomona.data.texts import consecutive_windows, read_domains, read_texts
+from pomona.data.texts import consecutive_windows, has_held_out, read_domains, read_texts
 from pomona.errors import PomonaError
-from pomona.evaluation.loss import perplexity, text_loss
+from pomona.evaluation.loss import RowLoss, perplexity, text_loss
 from pomona.federation.cohort import FrozenBase
 from pomona.federation.measure import Evaluation, answers_of, loss_summary, losses_of
 from pomona.federation.update import ClientState
@@ -37,8 +40,7 @@ def measure(
 
     Raises `PomonaError` when there is nothing to measure on or the length does not fit.
     """
-    if (text is None) == (rows is None):
-        raise PomonaError("give either --text or --rows to measure on")
+    _check(text, rows, template, limit, length, new_tokens)
     base, state = _personal(source, adapter, graft)
     if length > context_length(base.model):
         raise PomonaError(
@@ -46,8 +48,30 @@ def measure(
             f"{context_length(base.model)} tokens; make it smaller"
         )
     if rows is not None:
-        return _on_rows(source, base, state, rows, template, limit, length, new_tokens)
+        return _on_rows(source, base, state, rows, template, limit, length, new_tokens, progress)
     return _on_text(source, base, state, str(text), limit, length, progress)
+
+
+def _check(
+    text: str | None, rows: Path | None, template: str, limit: int, length: int, new_tokens: int
+) -> None:
+    """See what can be seen before a model is loaded."""
+    if (text is None) == (rows is None):
+        raise PomonaError("give either --text or --rows to measure on")
+    if template not in TEMPLATES:
+        raise PomonaError(f'unknown template "{template}"; there are {", ".join(TEMPLATES)}')
+    for name, value, least in (
+        ("limit", limit, 0),
+        ("length", length, 2),
+        ("new tokens", new_tokens, 0),
+    ):
+        if value < least:
+            raise PomonaError(f"{name} {value} is too small; use {least} or more")
+    if rows is not None and new_tokens >= length:
+        raise PomonaError(
+            f"new tokens {new_tokens} leave no room for a prompt in length {length}; "
+            "make one smaller or the other larger"
+        )
 
 
 def _personal(
@@ -58,7 +82,29 @@ def _personal(
     lora, shared = (LoRA(), {}) if adapter is None else read_adapter(adapter)
     settings, private = (None, {}) if graft is None else read_graft(graft)
     sites = () if graft is None else tuple(find_expert_sites(model))
-    return FrozenBase(model, lora, settings, sites), ClientState(shared, private)
+    base = FrozenBase(model, lora, settings, sites)
+    if adapter is not None:
+        _check_fits(shared, base.init_adapter(0), adapter, source)
+    if graft is not None:
+        _check_fits(private, base.init_graft(0, "", [0] * len(sites)), graft, source)
+    return base, ClientState(shared, private)
+
+
+def _check_fits(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], folder: Path, source: str
+) -> None:
+    """Compare names and shapes with a newborn's, the first difference is named."""
+    for name in sorted({*tensors, *expected}):
+        found, wanted = (list(t[name].shape) if name in t else None for t in (tensors, expected))
+        if found != wanted:
+            raise PomonaError(
+                f'{folder} does not belong to {source}: the tensor "{name}" is '
+                f"{_shape(found)} there and for the model {_shape(wanted)}"
+            )
+
+
+def _shape(size: list[int] | None) -> str:
+    return "absent" if size is None else f"of shape {size}"
 
 
 def _on_text(
@@ -72,25 +118,20 @@ def _on_text(
 ) -> Figures:
     tokenizer = load_tokenizer(source)
     single = Path(text).is_file()
-    domains = {Path(text).name: read_texts(Path(text))} if single else _held_out(text)
+    split = "valid" if not single and has_held_out(text) else "train"
+    domains = {Path(text).name: read_texts(Path(text))} if single else read_domains(text, split)
     figures: Figures = {}
     with base.attach_one(state):
         for done, (name, texts) in enumerate(domains.items()):
             progress("evaluating", done, len(domains))
             windows_BT = consecutive_windows(texts, tokenizer, length, limit)
+            if windows_BT.shape[1] < 2:
+                raise PomonaError(f'"{name}" has fewer than two tokens; give it more text')
             nats = text_loss(base.model, windows_BT)
             figures[name] = {"loss": nats, "perplexity": perplexity(nats)}
     mean = sum(own["loss"] for own in figures.values()) / len(figures)
     progress("evaluating", len(domains), len(domains))
     return figures | {"mean": {"loss": mean, "perplexity": perplexity(mean)}}
-
-
-def _held_out(text: str) -> dict[str, list[str]]:
-    """Prefer the held-out files of a folder of domains."""
-    try:
-        return read_domains(text, "valid")
-    except PomonaError:
-        return read_domains(text, "train")
 
 
 def _on_rows(
@@ -102,16 +143,24 @@ def _on_rows(
     limit: int,
     length: int,
     new_tokens: int,
+    progress: Progress,
 ) -> Figures:
-    if template not in TEMPLATES:
-        raise PomonaError(f'unknown template "{template}"; there are {", ".join(TEMPLATES)}')
     tokenizer, form = load_tokenizer(source), TEMPLATES[template]()
-    rows = read_rows(path)[: limit or None]
-    examples = [encode(row, form, tokenizer, length) for row in rows]
-    pad_id = padding_id(tokenizer)
-    evaluation = Evaluation(new_tokens=max(new_tokens, 1))
-    summary = loss_summary(losses_of(base, state, examples, pad_id, evaluation))
-    if new_tokens > 0:
-        said = answers_of(base, state, rows, tokenizer, form, length, evaluation)
-        summary["rouge_l"] = sum(line["rouge_l"] for line in said) / len(said)
-    return {path.name: summary}
+    encoded = [
+        (row, encode(row, form, tokenizer, length)) for row in read_rows(path)[: limit or None]
+    ]
+    # Rows of like length share a batch; the figures do not depend on the order.
+    encoded.sort(key=lambda pair: len(pair[1].input_ids))
+    pad_id, evaluation = padding_id(tokenizer), Evaluation(new_tokens=max(new_tokens, 1))
+    losses: list[RowLoss] = []
+    said: list[float] = []
+    for start in range(0, len(encoded), evaluation.batch):
+        progress("evaluating", start, len(encoded))
+        rows, examples = zip(*encoded[start : start + evaluation.batch], strict=True)
+        losses += losses_of(base, state, examples, pad_id, evaluation)
+        if new_tokens > 0:
+            answers = answers_of(base, state, rows, tokenizer, form, length, evaluation)
+            said += [answer["rouge_l"] for answer in answers]
+    progress("evaluating", len(encoded), len(encoded))
+    rouge = {"rouge_l": sum(said) / len(said)} if said else {}
+    return {path.name: loss_summary(losses) | rouge}

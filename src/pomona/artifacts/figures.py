@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
+from cycler import cycler
 
 mpl.use("svg")
 import matplotlib.pyplot as plt
@@ -19,9 +20,7 @@ mpl.rcParams.update(
         "font.family": "sans-serif",
         "axes.spines.top": False,
         "axes.spines.right": False,
-        "axes.prop_cycle": mpl.cycler(
-            color=["#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b7791f"]
-        ),
+        "axes.prop_cycle": cycler(color=["#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b7791f"]),
     }
 )
 

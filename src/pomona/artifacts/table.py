@@ -113,8 +113,9 @@ def ratio_rows(runs: Sequence[FinishedRun], model: str, client: str, measure: st
     top = [np.array([a[above] for a in answers]) for answers in kept]
     bottom = [np.array([a[below] if below else 1.0 for a in answers]) for answers in kept]
     same = len({tuple((a["row"], a["tokens"]) for a in answers) for answers in kept}) == 1
-    join = (lambda parts: np.mean(parts, axis=0)) if same else np.concatenate
-    return join(top), join(bottom)
+    if same:
+        return np.mean(top, axis=0), np.mean(bottom, axis=0)
+    return np.concatenate(top), np.concatenate(bottom)
 
 
 def pairwise(runs: Sequence[FinishedRun], measure: str) -> list[tuple[str, str, Comparison]]:

@@ -1,8 +1,9 @@
 """The `pomona` command and how a user's mistake ends."""
 
 import os
-import sys
-from typing import Annotated
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any
 
 import typer
 
@@ -17,14 +18,33 @@ from pomona.errors import PomonaError
 app = typer.Typer(
     name="pomona",
     help="Turn one language model into many personal ones without moving anyone's data.",
-    epilog="Exit codes: 0 done, 1 a bug of ours, 2 a mistake in what was given, 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 our bug, 2 a mistake in what was given, 130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+
+
+def _ending(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn a mistake and an interruption into one sentence; typer would only say "Aborted"."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except PomonaError as error:
+            typer.echo(f"error: {' '.join(str(error).splitlines())}", err=True)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as error:
+            typer.echo("interrupted; run the same command again to go on", err=True)
+            raise typer.Exit(130) from error
+
+    return run
+
+
 for command in (reconstruct, federate, evaluate, report, demo):
-    app.command()(command)
+    app.command()(_ending(command))
 
 
 def _show_version(wanted: bool) -> None:
@@ -48,11 +68,4 @@ def main() -> None:
     # Idle OpenMP threads that spin steal the cores from the ones that work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        app()
-    except PomonaError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; run the same command again to go on", err=True)
-        sys.exit(130)
+    app(prog_name="pomona")

@@ -2,72 +2,118 @@
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.progress import Progress as RichProgress
 from rich.table import Table
 
-from pomona.artifacts.table import MEASURES, load_runs, table
-from pomona.progress import Progress as Show
+from pomona.progress import Progress
 
-console = Console(highlight=False)
+# Paths are printed as they are: never broken over lines, "[" in them is no markup.
+console = Console(highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager
-def progress_bars(title: str = "") -> Generator[Show]:
+def progress_bars() -> Generator[Progress]:
     """Yield `progress(stage, done, total)`, drawing one bar per stage.
 
-    Away from a terminal the bars become one line per finished stage.
+    Away from a terminal a stage writes a plain line when it starts and at every tenth of its way.
+    A stage that came to its end without saying so is shown complete, unless an error ended it.
     """
-    bars = Progress(
-        TextColumn("[bold]{task.description:<24}"),
-        BarColumn(bar_width=28),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
     _quiet_libraries()
-    stages: dict[str, TaskID] = {}
-
-    def progress(stage: str, done: int, total: int) -> None:
-        label = f"{title} {stage}".strip()
-        if stage not in stages:
-            stages[stage] = bars.add_task(label, total=total)
-            if not console.is_terminal:
-                console.print(f"{label}: started", style="dim")
-        bars.update(stages[stage], completed=done, total=total)
-
-    with bars:
-        yield progress
+    with _bars() if console.is_terminal else _Lines() as shown:
+        yield shown.progress
+        shown.complete()
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table; the first column is text, the others are figures."""
-    grid = Table(title=title, title_justify="left")
+    grid = Table()
     for number, column in enumerate(columns):
         grid.add_column(column, justify="left" if number == 0 else "right")
     for row in rows:
         grid.add_row(*row)
-    console.print(grid)
+    console.print(title, style="italic")
+    console.print(grid, soft_wrap=False)
 
 
 def print_comparison(runs: Sequence[Path]) -> None:
     """Print finished runs side by side: one table per measure, the untuned base first."""
+    from pomona.artifacts.table import MEASURES, load_runs, table
+
     finished = load_runs(runs)
     for measure, title in MEASURES.items():
         header, rows = table(finished, measure)
         print_table(title, header, rows)
+
+
+@dataclass
+class _Bars:
+    """One bar per stage on a terminal."""
+
+    drawn: RichProgress
+    stages: dict[str, TaskID] = field(default_factory=dict[str, TaskID])
+
+    def __enter__(self) -> "_Bars":
+        self.drawn.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.drawn.stop()
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        if stage not in self.stages:
+            self.stages[stage] = self.drawn.add_task(stage, total=total)
+        self.drawn.update(self.stages[stage], completed=done, total=total)
+
+    def complete(self) -> None:
+        for task in self.drawn.tasks:
+            self.drawn.update(task.id, completed=task.total)
+
+
+@dataclass
+class _Lines:
+    """Plain lines, few enough for a log file: every tenth of a stage, once."""
+
+    shown: dict[str, tuple[int, int, int]] = field(default_factory=dict[str, tuple[int, int, int]])
+
+    def __enter__(self) -> "_Lines":
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        pass
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        tenth = 10 * done // max(total, 1)
+        if stage not in self.shown or tenth > self.shown[stage][0]:
+            console.print(f"{stage} {done}/{total}")
+            self.shown[stage] = (tenth, done, total)
+
+    def complete(self) -> None:
+        for stage, (_, done, total) in self.shown.items():
+            if done < total:
+                self.progress(stage, total, total)
+
+
+def _bars() -> _Bars:
+    columns = (
+        TextColumn("{task.description:<24}", markup=False),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return _Bars(RichProgress(*columns, console=console))
 
 
 def _quiet_libraries() -> None:

@@ -8,26 +8,24 @@ import typer
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or Hub id.")]
 Text = Annotated[
     str | None,
-    typer.Option(
-        "--text", help="Plain text: a file, a folder of domains or a glob.", metavar="PATH"
-    ),
+    typer.Option("--text", help="Text file, folder of domains or glob.", metavar="PATH"),
 ]
 Rows = Annotated[
     Path | None, typer.Option("--rows", help="Instruction rows (.jsonl).", metavar="FILE")
 ]
 Adapter = Annotated[
-    Path | None, typer.Option("--adapter", help="PEFT adapter folder to attach.", metavar="DIR")
+    Path | None, typer.Option("--adapter", help="PEFT adapter folder to put on.", metavar="DIR")
 ]
 Graft = Annotated[
-    Path | None, typer.Option("--graft", help="A client's graft folder to attach.", metavar="DIR")
+    Path | None, typer.Option("--graft", help="A client's graft folder to put on.", metavar="DIR")
 ]
-Limit = Annotated[int, typer.Option("--limit", help="Rows, or windows per domain, to use.")]
+Limit = Annotated[int, typer.Option("--limit", help="Rows, or windows per domain; 0: all.")]
 Length = Annotated[int, typer.Option("--length", help="Longest row or window, in tokens.")]
 NewTokens = Annotated[int, typer.Option("--new-tokens", help="Longest answer; 0 skips answers.")]
 Json = Annotated[
     Path | None, typer.Option("--json", help="Also write the figures here.", metavar="FILE")
 ]
-TemplateName = Annotated[str, typer.Option("--template", help="Prompt template: alpaca or chat.")]
+TemplateName = Annotated[str, typer.Option("--template", help="Prompt: alpaca or chat.")]
 
 
 def evaluate(
@@ -42,9 +40,10 @@ def evaluate(
     new_tokens: NewTokens = 64,
     json: Json = None,
 ) -> None:
-    """Measure a model: perplexity of text, answer loss and ROUGE-L of rows.
+    """Measure a model on text, or on instruction rows.
 
-    With --adapter and --graft it is a client's personal model that is measured.
+    MODEL is a folder or Hub id; with --adapter and --graft it is a client's personal model that is
+    measured. Of a folder of domains the held-out files are read, where there are any.
     """
     from pomona.cli.console import print_table, progress_bars
     from pomona.evaluate import measure

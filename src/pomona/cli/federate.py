@@ -6,8 +6,10 @@ from typing import Annotated
 
 import typer
 
-Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML recipe of the federation.")]
-Out = Annotated[Path, typer.Option("--out", metavar="RUN", help="Run directory, new or to go on.")]
+from pomona.errors import PomonaError
+
+Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML file of the federation.")]
+Out = Annotated[Path, typer.Option("--out", metavar="RUN", help="Run folder, new or to go on.")]
 Model = Annotated[
     str | None, typer.Option("--model", help="Use this model, not the recipe's.", metavar="MODEL")
 ]
@@ -15,10 +17,11 @@ Seed = Annotated[int | None, typer.Option("--seed", help="Use this seed, not the
 
 
 def federate(recipe: Recipe, out: Out, model: Model = None, seed: Seed = None) -> None:
-    """Tune a model across clients; only LoRA on the attention is shared.
+    """Tune a model across clients that share only LoRA.
 
-    Everything lands in RUN: metrics.jsonl, results.json, the shared PEFT adapter and one graft
-    folder per client. An interrupted run goes on with the same command.
+    RECIPE names the model, the clients' rows and the method. RUN gets metrics, answers and results,
+    the shared part as a PEFT adapter and one graft folder per client; a graft never leaves its
+    client. An interrupted run goes on with the same command.
     """
     from pomona.artifacts.run import RunDirectory
     from pomona.cli.console import console, print_comparison, progress_bars
@@ -29,7 +32,29 @@ def federate(recipe: Recipe, out: Out, model: Model = None, seed: Seed = None) -
     absolute = str(Path(model).resolve()) if model and Path(model).exists() else model
     settings = read_recipe(recipe, FederateSettings, {"model": absolute, "seed": seed})
     about = {"command": ["pomona", *sys.argv[1:]], "method": settings.name, "seed": settings.seed}
+    before = _entries(out)
     with RunDirectory.open(out, dump(settings), about) as run, progress_bars() as progress:
-        run_federation(settings, run, progress)
+        try:
+            run_federation(settings, run, progress)
+        except PomonaError:
+            _forget_unbegun(out, before)
+            raise
     print_comparison([out])
     console.print(f"results in {out}; as a page: pomona report {out} --out report.html")
+
+
+def _entries(out: Path) -> set[Path] | None:
+    try:
+        return set(out.iterdir())
+    except OSError:  # absent; or it cannot be read, which opening it as a run will tell
+        return None
+
+
+def _forget_unbegun(out: Path, before: set[Path] | None) -> None:
+    """Leave the folder as it was if nothing was computed: another recipe may use it."""
+    if (out / "checkpoint").exists():
+        return
+    for path in set(out.iterdir()) - (before or set()):
+        path.unlink()
+    if before is None:
+        out.rmdir()

@@ -6,18 +6,22 @@ from typing import Annotated
 import typer
 
 Model = Annotated[
-    str | None, typer.Argument(metavar="[MODEL]", help="Dense checkpoint: folder or Hub id.")
+    str | None, typer.Argument(metavar="MODEL", help="Dense checkpoint: folder or Hub id.")
 ]
 Domains = Annotated[
     str | None,
-    typer.Option(
-        "--domains", help="Folder (or glob) of one .jsonl/.txt per domain.", metavar="DIR"
-    ),
+    typer.Option("--domains", help="Folder or glob, one .jsonl or .txt per domain.", metavar="DIR"),
 ]
 Out = Annotated[Path, typer.Option("--out", metavar="OUT", help="New folder for the checkpoint.")]
-Experts = Annotated[int | None, typer.Option("--experts", help="Experts per layer.")]
-Active = Annotated[int | None, typer.Option("--active", help="Experts per token.")]
-Keep = Annotated[float | None, typer.Option("--keep", help="Share of FFN channels per expert.")]
+Experts = Annotated[
+    int | None, typer.Option("--experts", help="Experts per layer; else the recipe's, or 8.")
+]
+Active = Annotated[
+    int | None, typer.Option("--active", help="Experts per token; else the recipe's, or 2.")
+]
+Keep = Annotated[
+    float | None, typer.Option("--keep", help="Share of FFN channels per expert; else 0.25.")
+]
 Recipe = Annotated[
     Path | None,
     typer.Option("--recipe", help="TOML recipe that says this and more.", metavar="FILE"),
@@ -37,8 +41,9 @@ def reconstruct(
 ) -> None:
     """Turn a dense model into a stock mixture of experts.
 
-    Calibrates on every domain, groups the domains, prunes the FFN once per group and assembles the
-    pruned FFNs as experts with a fitted router. OUT opens with plain transformers.
+    MODEL is a folder or Hub id. Calibrates on every domain, groups the domains, prunes the FFN once
+    per group and makes the pruned FFNs experts with a fitted router. OUT opens with plain
+    transformers.
     """
     from pomona.cli.console import console, progress_bars
     from pomona.recipe.reconstruct import read_reconstruct_recipe

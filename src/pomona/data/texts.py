@@ -29,7 +29,7 @@ def read_domains(
     held_out = split == "valid"
     domains: dict[str, list[str]] = {}
     for path in paths:
-        if any(mark in path.name for mark in _HELD_OUT) != held_out:
+        if _is_held_out(path) != held_out:
             continue
         name = path.name.partition(".")[0]
         if name in domains:
@@ -43,6 +43,11 @@ def read_domains(
             f"{source} holds no {kind} .jsonl or .txt files; put one per domain there"
         )
     return domains
+
+
+def has_held_out(source: Path | str) -> bool:
+    """Tell whether a folder, or what a glob matches, has files that "valid" reads."""
+    return any(map(_is_held_out, _domain_files(source)))
 
 
 def read_texts(path: Path) -> list[str]:
@@ -97,7 +102,7 @@ def consecutive_windows(
     A rest shorter than a window is left out; text shorter than one window gives a single short one.
     """
     joined = [token for document in encode_texts(texts, tokenizer) for token in document]
-    length = min(length, len(joined))
+    length = max(1, min(length, len(joined)))
     whole = len(joined) // length
     windows_BT = torch.tensor(joined[: whole * length]).view(whole, length)
     return windows_BT[: limit or None]
@@ -108,6 +113,10 @@ def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> li
     encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     bos = [] if tokenizer.bos_token_id is None else [cast(int, tokenizer.bos_token_id)]
     return [[*bos, *tokens] for tokens in encoded]  # pyright: ignore[reportGeneralTypeIssues]
+
+
+def _is_held_out(path: Path) -> bool:
+    return any(mark in path.name for mark in _HELD_OUT)
 
 
 def _domain_files(source: Path | str) -> list[Path]:

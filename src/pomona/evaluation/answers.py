@@ -32,7 +32,7 @@ def greedy_answers(
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         input_ids_BT, mask_BT = collate_prompts([prompts[i] for i in chosen], padding_id(tokenizer))
-        output_BT = model.generate(
+        output_BT = model.generate(  # pyright: ignore[reportCallIssue] - typed as a module
             input_ids=input_ids_BT, attention_mask=mask_BT, generation_config=config
         )
         for i, tokens in zip(chosen, output_BT[:, input_ids_BT.shape[1] :], strict=True):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tomli_w
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from pomona.errors import PomonaError
 from pomona.recipe.registries import REGISTRIES, kind_of, member
@@ -27,9 +27,8 @@ def build(settings: type[Settings], table: Mapping[str, Any], folder: Path, wher
     fields = {f.name: f for f in dataclasses.fields(settings) if f.init}  # pyright: ignore[reportArgumentType]
     for key in table:
         if key not in fields:
-            raise PomonaError(
-                f'{where}: unknown key "{key}"; valid keys are {", ".join(sorted(fields))}'
-            )
+            valid = f"valid keys are {', '.join(sorted(fields))}" if fields else "it takes none"
+            raise PomonaError(f'{where}: unknown key "{key}"; {valid}')
     for name, field in fields.items():
         if name not in table and _required(field):
             raise PomonaError(f'{where}: the key "{name}" is missing; give it a value')
@@ -63,10 +62,16 @@ def _value(hint: Any, value: Any, folder: Path, where: str, field: dataclasses.F
     if (Path in options or field.metadata.get("path")) and isinstance(value, str):
         return _path(value, folder, where, Path in options)
     try:
-        return TypeAdapter(hint).validate_json(json.dumps(value, default=str), strict=True)
+        checked = TypeAdapter(hint, config=ConfigDict(allow_inf_nan=False))
+        return checked.validate_json(json.dumps(value, default=_as_json), strict=True)
     except ValidationError as error:
         problem = error.errors()[0]["msg"].lower()
         raise PomonaError(f"{where} is {value!r}: {problem}") from error
+
+
+def _as_json(value: Any) -> str | None:
+    """A date of TOML fits no field: null will be refused where text would be taken."""
+    return str(value) if isinstance(value, Path) else None
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
@@ -91,7 +96,10 @@ def _path(value: str, folder: Path, where: str, always: bool) -> Path | str:
             f'{where} is "{value}", but that environment variable is not set; set it or write the '
             "path out"
         )
-    path = folder / Path(expanded).expanduser()
+    try:
+        path = folder / Path(expanded).expanduser()
+    except RuntimeError as error:
+        raise PomonaError(f'{where} is "{value}", but there is no such home folder') from error
     if always:
         return path
     return str(path) if path.exists() or expanded.startswith((".", "/", "~")) else expanded

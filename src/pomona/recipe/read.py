@@ -27,9 +27,11 @@ def read_recipe(
 def read_table(path: Path) -> dict[str, Any]:
     """Return a TOML file's table; raises `PomonaError` naming the file and what is wrong with it."""
     try:
-        return tomllib.loads(path.read_text("utf-8"))
+        return tomllib.loads(path.read_text("utf-8-sig"))
     except OSError as error:
-        raise PomonaError(f"cannot read the recipe {path}: {error.strerror}") from error
+        raise PomonaError(
+            f"cannot read the recipe {path}: {error.strerror}; check the path"
+        ) from error
     except UnicodeDecodeError as error:
         raise PomonaError(f"the recipe {path} is not UTF-8 text; save it as UTF-8") from error
     except tomllib.TOMLDecodeError as error:

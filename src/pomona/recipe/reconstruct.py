@@ -36,8 +36,12 @@ def read_reconstruct_recipe(path: Path | None, given: Mapping[str, Any]) -> Reco
     if "domains" in source:
         source["domains"] = str(Path(source["domains"]).absolute())
     table |= source
-    table["settings"] = {**table.get("settings", {}), **options}
+    where = str(path) if path else "command line"
+    settings = table.get("settings", {})
+    if not isinstance(settings, dict):
+        raise PomonaError(f"{where}: settings is {settings!r}; it should be a table")
+    table["settings"] = {**settings, **options}
     for key, option in (("model", "MODEL"), ("domains", "--domains DIR")):
         if key not in table:
-            raise PomonaError(f"{key} is missing; give {option} or a recipe that names it")
-    return build(ReconstructRecipe, table, folder, str(path) if path else "command line")
+            raise PomonaError(f"{where}: {key} is missing; give {option} or a recipe that names it")
+    return build(ReconstructRecipe, table, folder, where)

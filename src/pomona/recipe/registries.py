@@ -1,5 +1,6 @@
 """Which registry a field's protocol is filled from: `kind = "NAME"` in a recipe."""
 
+from dataclasses import is_dataclass
 from importlib import import_module
 from typing import Any
 
@@ -27,16 +28,25 @@ def member(protocol: Any, kind: str, where: str) -> type[Any]:
     """Return the class behind a kind: a registry's name or an outside "package.module:Name"."""
     registry = REGISTRIES[protocol]
     if ":" in kind:
-        module, _, name = kind.partition(":")
-        try:
-            return getattr(import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise PomonaError(f'{where}: cannot import "{kind}": {error}') from error
+        return _outside(kind, where)
     if kind not in registry:
         raise PomonaError(
             f'{where}: unknown kind "{kind}"; there are {", ".join(sorted(registry))}'
         )
     return registry[kind]
+
+
+def _outside(kind: str, where: str) -> type[Any]:
+    module, _, name = kind.partition(":")
+    try:
+        found = getattr(import_module(module), name)
+    except Exception as error:  # an outside module may fail in any way while it is imported
+        raise PomonaError(f'{where}: cannot import "{kind}": {error}') from error
+    if not (isinstance(found, type) and is_dataclass(found)):
+        raise PomonaError(
+            f'{where}: "{kind}" is no dataclass; name one whose fields are its settings'
+        )
+    return found
 
 
 def kind_of(protocol: Any, value: Any) -> str:

@@ -1,0 +1,320 @@
+"""Recipes become settings or one sentence that names the file and the key; dumping loses nothing."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from pomona.data.templates import TEMPLATES
+from pomona.errors import PomonaError
+from pomona.federate import FederateSettings
+from pomona.federation.clients import ClientData
+from pomona.federation.graft import Graft
+from pomona.federation.partition import PARTITIONS, Dirichlet
+from pomona.federation.selection import SELECTIONS, RandomExpert
+from pomona.federation.strategies import STRATEGIES, FedProx
+from pomona.recipe import build, dump, read_recipe
+from pomona.recipe.reconstruct import ReconstructRecipe, read_reconstruct_recipe
+from pomona.recipe.registries import REGISTRIES
+from pomona.reconstruct import ReconstructSettings
+from pomona.reconstruction.compensate import COMPENSATIONS
+from pomona.reconstruction.router import ROUTERS
+from pomona.reconstruction.scores import SCORES
+
+GOOD = 'model = "org/name"\n'
+DATA = '[data]\ntrain = "train.jsonl"\ntest = "test.jsonl"\n'
+
+
+@dataclass(frozen=True)
+class OutsideStrategy:
+    """What another package could bring."""
+
+    strength: float = 1.0
+
+
+def no_dataclass() -> None:
+    """Importable, but no kind."""
+
+
+@pytest.fixture
+def outside(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Make this file's members importable under a module name."""
+    import sys
+    import types
+
+    module = types.ModuleType("pomona_outside")
+    module.OutsideStrategy = OutsideStrategy
+    module.no_dataclass = no_dataclass
+    monkeypatch.setitem(sys.modules, "pomona_outside", module)
+    monkeypatch.setattr(OutsideStrategy, "__module__", "pomona_outside")
+    return "pomona_outside"
+
+
+def read(folder: Path, text: str) -> FederateSettings:
+    path = folder / "recipe.toml"
+    path.write_text(text, encoding="utf-8")
+    return read_recipe(path, FederateSettings)
+
+
+def complaint(folder: Path, text: str) -> str:
+    """Return the error's sentence, which is one line and names the file."""
+    with pytest.raises(PomonaError) as caught:
+        read(folder, text)
+    message = str(caught.value)
+    assert str(folder / "recipe.toml") in message
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("text", "named", "listed"),
+    [
+        (GOOD + "round = 3\n" + DATA, '"round"', ["rounds", "fraction", "strategy"]),
+        (GOOD + DATA + "[local]\nstep = 3\n", 'local: unknown key "step"', ["steps", "batch"]),
+        (
+            GOOD + DATA + "[local.optimiser]\nbeta = 3\n",
+            'local: optimiser: unknown key "beta"',
+            ["weight_decay"],
+        ),
+        (
+            GOOD + DATA + '[strategy]\nkind = "fedprox"\nnu = 1.0\n',
+            'strategy: unknown key "nu"',
+            ["valid keys are mu"],
+        ),
+        (
+            GOOD + DATA + '[data.partition]\nkind = "dirichlet"\nbeta = 1.0\n',
+            'data: partition: unknown key "beta"',
+            ["alpha", "clients"],
+        ),
+        (
+            GOOD + DATA + '[graft.selection]\nkind = "random"\nrows = 1\n',
+            'graft: selection: unknown key "rows"',
+            ["it takes none"],
+        ),
+    ],
+)
+def test_an_unknown_key_is_named_and_the_valid_ones_listed(tmp_path, text, named, listed):
+    message = complaint(tmp_path, text)
+    assert named in message
+    assert [key for key in listed if key not in message] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ('rounds = "three"\n', ["rounds", "'three'", "valid integer"]),
+        ("rounds = 2.5\n", ["rounds", "2.5", "integer"]),
+        ("rounds = true\n", ["rounds", "True", "integer"]),
+        ("fraction = nan\n", ["fraction", "nan", "finite"]),
+        ("name = 3\n", ["name", "3", "valid string"]),
+        ("name = 2020-01-01T10:00:00\n", ["name", "datetime"]),
+        ('dtype = "float8"\n', ["dtype", "'float8'", "'bfloat16'"]),
+        ("template = 3\n", ["template", "kind", "alpaca, chat"]),
+        ('local = "fast"\n', ["local", "'fast'", "table"]),
+        ('adapter = {targets = "q_proj"}\n', ["adapter: targets", "'q_proj'", "array"]),
+        ("adapter = {targets = [1]}\n", ["adapter: targets", "[1]", "string"]),
+        ("rounds = 0\n", ["rounds 0", "1 or more"]),
+        ('strategy = {kind = "fedprox", mu = -1.0}\n', ["strategy: FedProx mu -1.0"]),
+    ],
+)
+def test_a_wrong_type_or_value_is_named_with_what_would_be_right(tmp_path, text, parts):
+    message = complaint(tmp_path, GOOD + text + DATA)
+    assert [part for part in parts if part not in message] == []
+
+
+def test_a_path_that_is_no_text_is_refused(tmp_path):
+    assert "data: train is 3" in complaint(tmp_path, GOOD + "[data]\ntrain = 3\ntest = 'x'\n")
+
+
+@pytest.mark.parametrize(("text", "key"), [(GOOD, "data"), (DATA, "model")])
+def test_a_missing_key_is_named(tmp_path, text, key):
+    assert f'the key "{key}" is missing' in complaint(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "registry"),
+    [
+        ('strategy = "fedsgd"\n' + DATA, "strategy", STRATEGIES),
+        ('template = "none"\n' + DATA, "template", TEMPLATES),
+        (DATA + '[data.partition]\nkind = "by"\n', "data: partition", PARTITIONS),
+        (DATA + '[graft]\nselection = "best"\n', "graft: selection", SELECTIONS),
+    ],
+)
+def test_an_unknown_kind_is_named_and_the_known_ones_listed(tmp_path, text, field, registry):
+    message = complaint(tmp_path, GOOD + text)
+    assert f"{field}: unknown kind" in message
+    assert ", ".join(sorted(registry)) in message
+
+
+def test_a_kind_without_settings_may_be_written_as_text(tmp_path):
+    short = read(tmp_path, GOOD + 'strategy = "fedprox"\n' + DATA)
+    long = read(tmp_path, GOOD + DATA + '[strategy]\nkind = "fedprox"\n')
+    assert short == long
+    assert short.strategy == FedProx()
+
+
+def test_an_outside_member_is_imported_with_its_settings(tmp_path, outside):
+    text = GOOD + DATA + f'[strategy]\nkind = "{outside}:OutsideStrategy"\nstrength = 2.0\n'
+    settings = read(tmp_path, text)
+    assert settings.strategy == OutsideStrategy(2.0)
+    assert read(tmp_path, dump(settings)) == settings
+    assert 'strategy: unknown key "strong"' in complaint(tmp_path, text + "strong = 1\n")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "no_such_package:Name",
+        "pomona_outside:Nothing",
+        ":Name",
+        ".relative:Name",
+        "pomona_outside:",
+        "pomona_outside:no_dataclass",
+    ],
+)
+def test_an_outside_member_that_is_none_is_named(tmp_path, outside, kind):
+    message = complaint(tmp_path, GOOD + f'strategy = "{kind}"\n' + DATA)
+    assert "strategy" in message
+    assert f'"{kind}"' in message
+
+
+def test_an_unset_variable_is_refused_and_a_set_one_filled_in(tmp_path, monkeypatch):
+    text = GOOD + '[data]\nfolder = "$POMONA_TEST_PLACE/clients"\n'
+    monkeypatch.delenv("POMONA_TEST_PLACE", raising=False)
+    message = complaint(tmp_path, text)
+    assert "data: folder" in message
+    assert "$POMONA_TEST_PLACE" in message
+    monkeypatch.setenv("POMONA_TEST_PLACE", "/somewhere")
+    assert read(tmp_path, text).data.folder == Path("/somewhere/clients")
+
+
+def test_an_unknown_home_is_refused(tmp_path):
+    text = GOOD + '[data]\nfolder = "~no-such-user-here/clients"\n'
+    assert "data: folder" in complaint(tmp_path, text)
+
+
+def test_paths_are_relative_to_the_recipe(tmp_path, monkeypatch):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path / "model")
+    settings = read(
+        tmp_path / "recipes",
+        'model = "../model"\n[data]\ntrain = "rows/train.jsonl"\ntest = "/rows/test.jsonl"\n',
+    )
+    assert Path(settings.model).samefile(tmp_path / "model")
+    assert settings.data.train == tmp_path / "recipes/rows/train.jsonl"
+    assert settings.data.test == Path("/rows/test.jsonl")
+    assert read(tmp_path / "recipes", GOOD + DATA).model == "org/name"
+
+
+def test_every_kind_of_a_federation_survives_dump_and_build(tmp_path):
+    plain = FederateSettings(
+        model="org/name",
+        data=ClientData(train=tmp_path / "train.jsonl", test=tmp_path / "test.jsonl"),
+    )
+    made = [
+        *(replace(plain, strategy=cls()) for cls in STRATEGIES.values()),
+        *(replace(plain, data=replace(plain.data, partition=cls())) for cls in PARTITIONS.values()),
+        *(replace(plain, graft=Graft(selection=cls())) for cls in SELECTIONS.values()),
+        *(replace(plain, template=cls()) for cls in TEMPLATES.values()),
+    ]
+    assert len(made) == 3 + 3 + 2 + 2
+    for settings in made:
+        assert read(tmp_path, dump(settings)) == settings
+    assert read(tmp_path, dump(replace(plain, graft=None))).graft is None
+
+
+def test_fields_that_differ_from_the_defaults_survive_dump_and_build(tmp_path):
+    settings = FederateSettings(
+        model="org/name",
+        data=ClientData(folder=tmp_path / "clients", partition=Dirichlet(3, 0.1)),
+        seed=7,
+        fraction=0.25,
+        dtype="bfloat16",
+        graft=Graft(selection=RandomExpert(), form="copy", gate="zero", bias=True, rank=3),
+        strategy=FedProx(0.5),
+    )
+    assert read(tmp_path, dump(settings)) == settings
+
+
+def test_every_kind_of_a_reconstruction_survives_dump_and_build(tmp_path):
+    plain = ReconstructRecipe("org/name", tmp_path / "domains")
+    made = [
+        *(ReconstructSettings(score=cls()) for cls in SCORES.values()),
+        *(ReconstructSettings(compensation=cls()) for cls in COMPENSATIONS.values()),
+        *(ReconstructSettings(router=cls()) for cls in ROUTERS.values()),
+    ]
+    assert len(made) == len(SCORES) + len(COMPENSATIONS) + len(ROUTERS) >= 6
+    path = tmp_path / "recipe.toml"
+    for settings in made:
+        whole = replace(plain, settings=settings)
+        path.write_text(dump(whole), encoding="utf-8")
+        assert read_recipe(path, ReconstructRecipe) == whole
+
+
+def test_every_registry_member_can_be_built_by_name_alone(tmp_path):
+    names = [(p, name) for p, registry in REGISTRIES.items() for name in registry]
+    assert len(REGISTRIES) == 7
+    for protocol, name in names:
+        built = build(REGISTRIES[protocol][name], {}, tmp_path, "here")
+        assert built == REGISTRIES[protocol][name]()
+
+
+def test_overrides_replace_top_level_keys_and_none_does_not(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text(GOOD + "seed = 3\n" + DATA, encoding="utf-8")
+    settings = read_recipe(path, FederateSettings, {"model": "other/name", "seed": None})
+    assert (settings.model, settings.seed) == ("other/name", 3)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path):
+    assert read(tmp_path, "\ufeff" + GOOD + DATA).model == "org/name"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"model = \n", "valid TOML"),
+        (b"model = 1\nmodel = 2\n", "valid TOML"),
+        (b"\xff\xfe", "UTF-8"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_named(tmp_path, content, says):
+    path = tmp_path / "recipe.toml"
+    path.write_bytes(content)
+    with pytest.raises(PomonaError, match=says) as caught:
+        read_recipe(path, FederateSettings)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_recipe_and_a_folder_are_named(tmp_path):
+    for path in (tmp_path / "none.toml", tmp_path):
+        with pytest.raises(PomonaError, match="cannot read the recipe") as caught:
+            read_recipe(path, FederateSettings)
+        assert str(path) in str(caught.value)
+
+
+def test_options_win_over_a_reconstruct_recipe(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        'model = "org/name"\ndomains = "text"\n[settings]\nexperts = 4\nkeep = 0.5\n',
+        encoding="utf-8",
+    )
+    recipe = read_reconstruct_recipe(path, {"experts": 3, "keep": None, "model": None})
+    assert (recipe.settings.experts, recipe.settings.keep) == (3, 0.5)
+    assert recipe.domains == tmp_path / "text"
+
+
+def test_reconstruct_settings_that_are_no_table_are_refused(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text('model = "org/name"\ndomains = "text"\nsettings = 3\n', encoding="utf-8")
+    with pytest.raises(PomonaError, match="settings is 3; it should be a table"):
+        read_reconstruct_recipe(path, {})
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"), [({}, "model is missing"), ({"model": "a/b"}, "domains is missing")]
+)
+def test_what_reconstruct_needs_is_asked_for(given, missing):
+    with pytest.raises(PomonaError, match=missing):
+        read_reconstruct_recipe(None, given)
