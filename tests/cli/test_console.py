@@ -1,6 +1,7 @@
 """Progress on a terminal and away from one."""
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -56,9 +57,11 @@ def test_on_a_terminal_bars_fit_and_end_complete(screen):
     with progress_bars() as progress:
         progress("local-only compensating", 0, 4)
         progress("evaluating", 3, 4)
-    last = console.file.getvalue().rstrip().splitlines()[-2:]
-    assert all("4/4" in line for line in last)
-    assert all(len(line.strip("\r")) <= 80 for line in last)
+    text = re.sub(r"\x1b\[[?\d;]*[A-Za-z]|\r", "\n", console.file.getvalue())
+    last = [line.rstrip() for line in text.splitlines() if "/4" in line][-2:]
+    assert ["4/4" in line for line in last] == [True, True]
+    assert [line.split()[0] for line in last] == ["local-only", "evaluating"]
+    assert max(map(len, last)) <= 80
 
 
 @pytest.mark.parametrize("terminal", [True, False])

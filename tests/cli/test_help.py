@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import typer
@@ -76,7 +77,7 @@ def test_no_line_of_a_paragraph_ends_early(monkeypatch, capsys):
     for command in COMMANDS:
         _, out, _ = pomona_says(monkeypatch, capsys, command, "--help")
         lines = [line.rstrip() for line in out.split("╭")[0].splitlines()]
-        for line, following in zip(lines, lines[1:], strict=False):
+        for line, following in pairwise(lines):
             first = following.strip().split(" ")[0]
             if line.startswith(" ") and first:
                 assert len(line) + 1 + len(first) > 78, line
