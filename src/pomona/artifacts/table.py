@@ -81,7 +81,7 @@ def compare(runs: Sequence[FinishedRun], measure: str) -> list[Line]:
     methods = list(dict.fromkeys(run.method for run in runs))
     groups = {method: [run for run in runs if run.method == method] for method in methods}
     return [
-        _line(BASE, runs[:1], "base", measure),
+        _line(BASE, groups[methods[0]], "base", measure),
         *(_line(method, group, group[0].served, measure) for method, group in groups.items()),
     ]
 
