@@ -27,6 +27,7 @@ from pomona.data.texts import read_domains
 from pomona.evaluate import measure
 from pomona.federate import FederateSettings, federate
 from pomona.files import write_json
+from pomona.progress import titled
 from pomona.recipe import dump, read_recipe
 from pomona.reconstruct import ReconstructSettings, reconstruct
 
@@ -118,8 +119,8 @@ def _federated(
             runs.append(out / f"{method}-{seed}")
             about = {"command": sys.argv, "method": method, "seed": seed}
             with RunDirectory.open(runs[-1], dump(settings), about) as run:
-                with progress_bars(f"{method} {seed}") as progress:
-                    federate(settings, run, progress)
+                with progress_bars() as progress:
+                    federate(settings, run, titled(f"{method} {seed}", progress))
     write_report(runs, out / "report.html")
     console.print(f"{model}: {out / 'report.html'}")
     print_comparison(runs)

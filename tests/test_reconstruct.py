@@ -1,6 +1,7 @@
 """Reconstruction end to end: a stock checkpoint, readable records, and nothing half-made."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,7 +16,7 @@ from pomona.data.texts import read_domains
 from pomona.errors import PomonaError
 from pomona.evaluate import measure
 from pomona.reconstruct import ReconstructSettings, reconstruct
-from pomona.reconstruction.router import RandomRouter
+from pomona.reconstruction.router import Fitted, RandomRouter
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Mistral"])
@@ -69,7 +70,10 @@ def test_records_can_be_read(dense_dir, tmp_path, affinity):
     reconstruct(dense_dir, DOMAINS, tmp_path / "out", replace(SMALL, affinity=affinity))
     folder = tmp_path / "out/reconstruction"
     read = {p.stem: json.loads(p.read_text()) for p in folder.glob("*.json")}
-    assert read.keys() == {"plan", "affinity", "clusters"}
+    assert read.keys() == {"plan", "affinity", "clusters", "settings"}
+    assert read["settings"]["affinity"] == affinity
+    assert read["settings"]["router"] == {"kind": "fitted", **vars(Fitted())}
+    assert read["settings"].keys() == vars(SMALL).keys()
     assert read["affinity"]["domains"] == list("abcd")
     assert (read["affinity"]["perplexity"] is None) == (affinity == "scores")
     assert sorted(d for group in read["clusters"]["experts"] for d in group) == list("abcd")
@@ -144,3 +148,71 @@ def test_tokenizer_comes_along(dense_dir, tmp_path):
     text = "red apple, green pear"
     ours, theirs = (AutoTokenizer.from_pretrained(p)(text) for p in (tmp_path / "out", dense_dir))
     assert ours["input_ids"] == theirs["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"experts": 1}, "experts 1 make no mixture"),
+        ({"active": 3}, "active 3 is not between 1 and experts 2"),
+        ({"active": 0}, "active 0 is not between 1 and experts 2"),
+        ({"keep": 0.0}, "keep 0.0 is not a share"),
+        ({"keep": 1.5}, "keep 1.5 is not a share"),
+        ({"windows": 1}, "windows 1 is too small"),
+        ({"affinity": "score"}, 'affinity "score" is unknown; use one of perplexity, scores'),
+        ({"linkage": "avrage"}, 'linkage "avrage" is unknown; use one of average, complete'),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_where_they_are_made(change, message):
+    with pytest.raises(PomonaError, match=message):
+        replace(SMALL, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"length": 999}, r"windows of 999 tokens are longer than the context of .*, 256 tokens"),
+        ({"keep": 0.001}, "keep 0.001 of 64 channels leaves an expert none"),
+        ({"experts": 5, "active": 1}, r"4 domains \(a, b, c, d\) cannot make 5 experts"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model_are_refused(dense_dir, tmp_path, change, message):
+    with pytest.raises(PomonaError, match=message):
+        reconstruct(dense_dir, DOMAINS, tmp_path / "out", replace(SMALL, **change))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_are_not_finite_are_told_before_anything_is_made(dense_dir, tmp_path):
+    import shutil
+
+    from pomona.models.weights import read_tensors, write_tensors
+
+    shutil.copytree(dense_dir, tmp_path / "m")
+    tensors = read_tensors(tmp_path / "m/model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = float("nan")
+    write_tensors(tmp_path / "m/model.safetensors", tensors, {"format": "pt"})
+    with pytest.raises(PomonaError, match=r"layer 1 of the dense model gives .* not finite"):
+        reconstruct(tmp_path / "m", DOMAINS, tmp_path / "out", SMALL)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_size_limit_of_the_system_leaves_nothing(dense_dir, tmp_path):
+    """The disk refuses for real, in the middle of the weights."""
+    script = (
+        "import resource, sys; from pathlib import Path\n"
+        "from laws.test_reconstruction_laws import DOMAINS, SMALL\n"
+        "from pomona.errors import PomonaError; from pomona.reconstruct import reconstruct\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))\n"
+        f"try: reconstruct({str(dense_dir)!r}, DOMAINS, Path({str(tmp_path / 'out')!r}), SMALL)\n"
+        "except PomonaError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)),
+    )
+    assert "cannot write" in done.stdout
+    assert "File too large" in done.stdout
+    assert list(tmp_path.iterdir()) == []

@@ -147,6 +147,7 @@ def _begin(federation: _Federation) -> Snapshot:
         federation.progress("grafting", done, len(federation.train))
         graft = base.init_graft(settings.seed, name, _select(federation, name))
         clients[name] = ClientState(own_adapter.adapter, graft)
+    federation.progress("grafting", len(clients), len(clients))
     metrics = [_loss_line(federation, 0, "base", name, ClientState()) for name in federation.train]
     return federation.run.commit(None, 0, settings.strategy.init(shared), clients, metrics)
 
@@ -226,6 +227,7 @@ def _evaluate(
         own = private.get(name) or federation.run.client(snapshot, name)
         for kind, state in _models(shared, own).items():
             lines.append(_loss_line(federation, round_, kind, name, state))
+    federation.progress("evaluating", len(federation.test), len(federation.test))
     return lines
 
 

@@ -9,3 +9,12 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 
 def silent(stage: str, done: int, total: int) -> None:
     """Tell nobody."""
+
+
+def titled(title: str, progress: Progress) -> Progress:
+    """Return a progress whose stages carry a title, for several runs in a row."""
+
+    def tell(stage: str, done: int, total: int) -> None:
+        progress(f"{title} {stage}", done, total)
+
+    return tell

@@ -6,8 +6,9 @@ compensate → route → assemble. Out comes a stock Mixtral checkpoint.
 
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -18,7 +19,12 @@ from pomona.errors import PomonaError
 from pomona.files import atomic_folder, write_json, write_text
 from pomona.models.dense import dense_family
 from pomona.models.experts import freeze
-from pomona.models.loading import context_length, load_model, load_tokenizer
+from pomona.models.loading import (
+    checkpoint_folder,
+    context_length,
+    load_model,
+    load_tokenizer,
+)
 from pomona.models.weights import Checkpoint, write_sharded
 from pomona.progress import Progress, silent
 from pomona.reconstruction.affinity import (
@@ -30,11 +36,11 @@ from pomona.reconstruction.affinity import (
 from pomona.reconstruction.assemble import mixture_tensors
 from pomona.reconstruction.calibrate import ChannelStats, calibrate
 from pomona.reconstruction.cluster import Clusters, Linkage, check_enough_domains, cluster
-from pomona.reconstruction.compensate import Compensation, Ridge
+from pomona.reconstruction.compensate import COMPENSATIONS, Compensation, Ridge
 from pomona.reconstruction.ffn import DenseModel, dense_model
 from pomona.reconstruction.plan import ExpertPlan, plan_experts
-from pomona.reconstruction.router import Fitted, Router
-from pomona.reconstruction.scores import WIFV, Score, score_layers
+from pomona.reconstruction.router import ROUTERS, Fitted, Router
+from pomona.reconstruction.scores import SCORES, WIFV, Score, score_layers
 from pomona.shapes import PerLayerChannel, Tokens
 
 _TOKENIZER_FILES = (
@@ -84,6 +90,14 @@ class ReconstructSettings:
         for name in ("windows", "length", "affinity_windows"):
             if getattr(self, name) < 2:
                 raise PomonaError(f"{name} {getattr(self, name)} is too small; use 2 or more")
+        for name, kinds in (("affinity", AffinityKind), ("linkage", Linkage)):
+            if getattr(self, name) not in get_args(kinds):
+                known = ", ".join(get_args(kinds))
+                raise PomonaError(f'{name} "{getattr(self, name)}" is unknown; use one of {known}')
+
+    def to_json(self) -> dict[str, Any]:
+        """Return every setting; a score, compensation or router as its kind and its own fields."""
+        return {name: _plain(value) for name, value in vars(self).items()}
 
 
 @dataclass(frozen=True)
@@ -123,13 +137,13 @@ def reconstruct(
     """
     _check_out(out)
     check_enough_domains(list(domains), settings.experts)
-    checkpoint = Checkpoint.open(_folder_of(model))
+    checkpoint = Checkpoint.open(checkpoint_folder(model))
     family = dense_family(checkpoint)
     base = load_model(checkpoint.folder, "float32")
     _check_length(settings.length, context_length(base), checkpoint.folder)
     freeze(base)
     dense = dense_model(base, family)
-    width = round(settings.keep * dense.channels)
+    width = _width(settings.keep, dense.channels)
     windows = _windows(checkpoint.folder, domains, settings, settings.windows, "calibration")
 
     stats: dict[str, list[ChannelStats]] = {}
@@ -227,9 +241,20 @@ def _share(windows: Mapping[str, Tokens], group: Sequence[str]) -> Tokens:
     return torch.cat([windows[domain][:each] for domain in group])
 
 
+def _plain(value: Any) -> Any:
+    """Return a setting as JSON; what a registry holds goes by its name there."""
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
+    registered = (*SCORES.items(), *COMPENSATIONS.items(), *ROUTERS.items())
+    outside = f"{type(value).__module__}:{type(value).__name__}"
+    kind = next((name for name, member in registered if member is type(value)), outside)
+    return {"kind": kind, **asdict(value)}
+
+
 def _write_records(folder: Path, made: Reconstruction, settings: ReconstructSettings) -> None:
     """Write how it was made, as JSON one can read."""
     folder.mkdir()
+    write_json(folder / "settings.json", settings.to_json())
     matrix = made.affinity.perplexity_MM
     write_json(folder / "plan.json", made.plan.to_json())
     write_json(
@@ -256,31 +281,18 @@ def _check_out(out: Path) -> None:
         raise PomonaError(f"{out} exists and is not empty; choose a new folder")
 
 
+def _width(keep: float, channels: int) -> int:
+    width = round(keep * channels)
+    if width < 1:
+        raise PomonaError(
+            f"keep {keep} of {channels} channels leaves an expert none; make keep larger"
+        )
+    return width
+
+
 def _check_length(length: int, context: int, folder: Path) -> None:
     if length > context:
         raise PomonaError(
             f"windows of {length} tokens are longer than the context of {folder}, {context} tokens; "
             "make length smaller"
         )
-
-
-def _folder_of(model: str | Path) -> Path:
-    """Return a local folder of a checkpoint; a Hub id is downloaded, safetensors only."""
-    folder = Path(model)
-    if folder.is_dir():
-        return folder
-    if folder.is_absolute() or str(model).startswith(".") or str(model).count("/") != 1:
-        raise PomonaError(f"{model} is not a folder; give a checkpoint folder or a Hub id")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(
-                str(model),
-                allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"],
-            )
-        )
-    except Exception as error:
-        raise PomonaError(
-            f"{model} is no folder here and cannot be fetched from the Hub: {str(error).splitlines()[0]}"
-        ) from error

@@ -108,3 +108,23 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
         write_tensors(path, {"a": torch.zeros(2)}, {})
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("config.json", "{nope", "Expecting property name"),
+        ("config.json", "[1]", "it is not a JSON object"),
+        ("config.json", b"\xff\xfe", "can't decode byte"),
+        ("model.safetensors.index.json", "{nope", "Expecting property name"),
+        ("model.safetensors.index.json", "{}", "it has no weight_map"),
+        ("model.safetensors.index.json", '{"weight_map": []}', "it has no weight_map"),
+    ],
+)
+def test_damaged_json_is_named(dense_dir, tmp_path, name, content, reason):
+    import shutil
+
+    shutil.copytree(dense_dir, tmp_path / "m")
+    (tmp_path / "m" / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(PomonaError, match=f"{name} is damaged or cut off .*{reason}"):
+        Checkpoint.open(tmp_path / "m")

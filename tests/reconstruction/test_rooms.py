@@ -1,5 +1,7 @@
 """The rooms of reconstruction, each against a plain computation."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ from pomona.reconstruction.calibrate import calibrate, stats_of
 from pomona.reconstruction.cluster import cluster
 from pomona.reconstruction.compensate import NoCompensation, Ridge, second_moments
 from pomona.reconstruction.ffn import dense_model, keep_mask, observe, pruned, top_channels
-from pomona.reconstruction.plan import plan_experts
+from pomona.reconstruction.plan import ExpertPlan, plan_experts
 from pomona.reconstruction.router import ROUTERS, Fitted, expert_errors
 from pomona.reconstruction.scores import SCORES, WIFV, score_layers
 
@@ -112,6 +114,9 @@ def test_plan_keeps_the_best_channels_of_the_pooled_group(dense):
     plan = plan_experts(dense, stats, [("a", "c"), ("b",)], WIFV(), 16)
     assert plan.keep_LEW.shape == (2, 2, 16)
     assert (plan.keep_LEW.diff(dim=-1) > 0).all()
+    again = ExpertPlan.from_json(json.loads(json.dumps(plan.to_json())))
+    assert torch.equal(again.keep_LEW, plan.keep_LEW)
+    assert (again.groups, again.channels) == (plan.groups, plan.channels)
     together = score_layers(WIFV(), calibrate(dense, torch.cat([windows(0), windows(2)])), dense)
     assert set(plan.keep_LEW[1, 0].tolist()) == set(together[1].topk(16).indices.tolist())
 

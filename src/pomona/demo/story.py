@@ -15,7 +15,7 @@ from pomona.federate import FederateSettings, federate
 from pomona.federation.graft import Graft
 from pomona.federation.strategies import FedAvg, LocalOnly
 from pomona.files import write_text
-from pomona.progress import Progress, silent
+from pomona.progress import Progress, silent, titled
 from pomona.recipe import build, dump
 from pomona.recipe.read import read_table
 from pomona.reconstruct import ReconstructSettings, reconstruct
@@ -66,10 +66,6 @@ def _write_rows(path: Path, rows: Sequence[Row]) -> None:
 def _federate(out: Path, settings: FederateSettings, progress: Progress) -> Path:
     path = out / f"{settings.name.lower()}-{settings.seed}"
     about = {"command": ["pomona", "demo"], "method": settings.name, "seed": settings.seed}
-
-    def titled(stage: str, done: int, total: int) -> None:
-        progress(f"{settings.name} {stage}", done, total)
-
     with RunDirectory.open(path, dump(settings), about) as run:
-        federate(settings, run, titled)
+        federate(settings, run, titled(settings.name, progress))
     return path

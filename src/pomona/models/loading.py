@@ -1,7 +1,8 @@
 """Open a model and its tokenizer as transformers does, with a sentence for whatever is wrong."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from safetensors import SafetensorError
 from transformers import (
@@ -20,15 +21,23 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 def load_model(source: str | Path, dtype: Dtype = "auto") -> PreTrainedModel:
     """Load a causal language model from a folder or a Hub id: safetensors only, no remote code.
 
-    Raises `PomonaError` naming the folder or the file that is missing or damaged.
+    Raises `PomonaError` naming the folder, file or tensor that is missing or damaged.
     """
     _check_folder(source)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            str(source), dtype=dtype, use_safetensors=True, trust_remote_code=False
+        loaded = AutoModelForCausalLM.from_pretrained(
+            str(source),
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # told below, by name
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise PomonaError(f"cannot load a model from {source}: {_first_line(error)}") from error
+    model, found = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
+    _check_complete(source, found)
+    return model
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
@@ -45,6 +54,31 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 
+def checkpoint_folder(model: str | Path) -> Path:
+    """Return a local folder of a checkpoint; a Hub id is downloaded, safetensors only.
+
+    Raises `PomonaError` when `model` is neither.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or str(model).startswith(".") or str(model).count("/") != 1:
+        raise PomonaError(f"{model} is not a folder; give a checkpoint folder or a Hub id")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                str(model),
+                allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"],
+            )
+        )
+    except Exception as error:
+        raise PomonaError(
+            f"{model} is no folder here and cannot be fetched from the Hub: {str(error).splitlines()[0]}"
+        ) from error
+
+
 def context_length(model: PreTrainedModel) -> int:
     """Return the longest sequence the model was made for; unlimited where its config is silent."""
     config = model.config.get_text_config()
@@ -58,6 +92,21 @@ def _check_folder(source: str | Path) -> None:
         Checkpoint.open(folder)
     elif folder.is_absolute() or str(source).startswith(".") or str(source).count("/") > 1:
         raise PomonaError(f"{source} is not a folder; give a checkpoint folder or a Hub id")
+
+
+def _check_complete(source: str | Path, found: Mapping[str, Any]) -> None:
+    """Refuse what transformers would fill with random weights and a mere warning."""
+    missing, mismatched = sorted(found["missing_keys"]), sorted(map(str, found["mismatched_keys"]))
+    if missing:
+        raise PomonaError(
+            f'{source} lacks the tensor "{missing[0]}" ({len(missing)} missing in all); the '
+            "checkpoint is incomplete, copy or download it again"
+        )
+    if mismatched:
+        raise PomonaError(
+            f"{source}: the shape of {mismatched[0]} is not what its config.json says "
+            f"({len(mismatched)} such tensors); repair config.json"
+        )
 
 
 def _first_line(error: Exception) -> str:

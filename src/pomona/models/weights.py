@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -34,8 +34,7 @@ class Checkpoint:
         config_path = folder / "config.json"
         if not config_path.is_file():
             raise PomonaError(f"{folder} is no checkpoint folder: it holds no config.json")
-        config = json.loads(config_path.read_text("utf-8"))
-        return cls(folder, config, _locate(folder))
+        return cls(folder, _read_object(config_path), _locate(folder))
 
     def tensor(self, name: str) -> Tensor:
         """Return one tensor; only its bytes are read."""
@@ -114,8 +113,10 @@ def _name_shards(folder: Path, shards: list[list[str]], total: int) -> None:
 
 def _locate(folder: Path) -> dict[str, Path]:
     if (folder / _INDEX).is_file():
-        weight_map = json.loads((folder / _INDEX).read_text("utf-8"))["weight_map"]
-        paths = {folder / file for file in weight_map.values()}
+        weight_map = _read_object(folder / _INDEX).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise _damaged(folder / _INDEX, "it has no weight_map")
+        paths = {folder / str(file) for file in cast(dict[str, Any], weight_map).values()}
     elif (folder / _SINGLE).is_file():
         paths = {folder / _SINGLE}
     else:
@@ -129,6 +130,16 @@ def _locate(folder: Path) -> dict[str, Path]:
     return located
 
 
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except ValueError as error:  # malformed JSON as well as bytes that are not UTF-8
+        raise _damaged(path, error) from error
+    if not isinstance(value, dict):
+        raise _damaged(path, "it is not a JSON object")
+    return cast(dict[str, Any], value)
+
+
 def _opened(path: Path) -> Any:
     if not path.is_file():
         raise PomonaError(f"{path} is missing; the checkpoint's index names it")
@@ -138,5 +149,5 @@ def _opened(path: Path) -> Any:
         raise _damaged(path, error) from error
 
 
-def _damaged(path: Path, error: Exception) -> PomonaError:
+def _damaged(path: Path, error: Exception | str) -> PomonaError:
     return PomonaError(f"{path} is damaged or cut off ({error}); copy or download it again")

@@ -12,6 +12,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from pomona.errors import PomonaError
 from pomona.reconstruction.ffn import DenseModel, observe
 from pomona.shapes import PerChannel, Tokens
 
@@ -59,7 +60,11 @@ def pool(stats: Sequence[ChannelStats]) -> ChannelStats:
 
 
 def calibrate(dense: DenseModel, windows_BT: Tokens) -> list[ChannelStats]:
-    """Return every layer's channel statistics on one domain's windows."""
+    """Return every layer's channel statistics on one domain's windows.
+
+    Raises `PomonaError` naming the first layer whose activations are not finite: nothing that
+    follows could tell its channels apart.
+    """
     layers: dict[int, ChannelStats] = {}
 
     def see(layer: int, _x_ND: Tensor, activation_NF: Tensor, _y_ND: Tensor) -> None:
@@ -68,4 +73,10 @@ def calibrate(dense: DenseModel, windows_BT: Tokens) -> list[ChannelStats]:
 
     with torch.no_grad():
         observe(dense, windows_BT, see)
+    for layer, stats in sorted(layers.items()):
+        if not stats.deviation_F.isfinite().all():
+            raise PomonaError(
+                f"layer {layer} of the dense model gives FFN activations that are not finite; its "
+                "checkpoint is damaged, copy or download it again"
+            )
     return [layers[layer] for layer in range(len(dense.ffns))]

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -31,6 +31,12 @@ class ExpertPlan:
             "domains": [list(group) for group in self.groups],
             "channels": self.keep_LEW.tolist(),
         }
+
+    @classmethod
+    def from_json(cls, plan: Mapping[str, Any]) -> Self:
+        """Return the plan that `to_json` described."""
+        groups = tuple(tuple(group) for group in plan["domains"])
+        return cls(torch.tensor(plan["channels"]), groups, int(plan["dense_width"]))
 
 
 def plan_experts(

@@ -6,7 +6,7 @@ are the hub's, so that plain transformers, vLLM and llama.cpp read them.
 
 from typing import Any
 
-from transformers import MixtralConfig
+from transformers import CONFIG_MAPPING, MixtralConfig
 
 EXPERT = "model.layers.{layer}.block_sparse_moe.experts.{expert}.{part}.weight"
 ROUTER = "model.layers.{layer}.block_sparse_moe.gate.weight"
@@ -29,20 +29,20 @@ _KEPT = (
     "eos_token_id",
     "tie_word_embeddings",
     "rope_parameters",
-    "rope_theta",
-    "rope_scaling",
     "attention_dropout",
     "sliding_window",
     "dtype",
-    "torch_dtype",
 )
 
 
 def mixtral_config(dense: dict[str, Any], experts: int, active: int, width: int) -> dict[str, Any]:
-    """Return a stock Mixtral config.json for a dense Llama-like config."""
-    kept = {key: dense[key] for key in _KEPT if key in dense}
-    kept.setdefault("tie_word_embeddings", False)
-    kept.setdefault("sliding_window", None)
+    """Return a stock Mixtral config.json for a dense Llama-like config.
+
+    What the dense config.json leaves out has its own family's default, written out here: Mixtral's
+    defaults for rotary base, key-value heads, normalisation and sliding window are different ones.
+    """
+    full = CONFIG_MAPPING[dense["model_type"]](**dense).to_dict()
+    kept = {key: full[key] for key in _KEPT if key in full}
     config = MixtralConfig(
         **kept,
         intermediate_size=width,
