@@ -10,23 +10,20 @@ through POMONA_DATA and POMONA_MODELS. Interrupted, it goes on where it was.
 
 import argparse
 import os
-import platform
-import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from record import comparison_rows, lower_loss, record
 from transformers import AutoTokenizer, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from pomona.artifacts.report import write_report
 from pomona.artifacts.run import RunDirectory
-from pomona.artifacts.table import MEASURES, compare, load_runs, pairwise
+from pomona.artifacts.table import load_runs
 from pomona.cli.console import console, print_comparison, progress_bars
 from pomona.data.texts import read_domains
 from pomona.evaluate import measure
 from pomona.federate import FederateSettings, federate
-from pomona.files import write_json
 from pomona.progress import titled
 from pomona.recipe import dump, read_recipe
 from pomona.reconstruct import ReconstructSettings, reconstruct
@@ -129,63 +126,13 @@ def _federated(
 
 def _write(options: argparse.Namespace, text: object, tables: dict[str, list[Path]]) -> None:
     main_runs = load_runs(tables["rootstock-3m"])
-    losses = {line.method: line.mean.mean for line in compare(main_runs, "loss")}
-    pairs = (
-        ("flex", "base"),
-        ("flex", "fedavg"),
-        ("flex", "local-only"),
-        ("flex", "local-only-graft"),
-    )
-    write_json(
+    pairs = [("flex", other) for other in ("base", "fedavg", "local-only", "local-only-graft")]
+    record(
         options.json,
-        {
-            "command": shlex.join(["python", *sys.argv]),
-            "commit": _commit(),
-            "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-            "heldout_nats_per_token": text,
-            "rows": {name: _rows(load_runs(paths)) for name, paths in tables.items()},
-            "bars": [
-                {
-                    "name": f"{a}: mean answer loss below {b}",
-                    "value": losses[a],
-                    "bar": losses[b],
-                    "holds": losses[a] < losses[b],
-                }
-                for a, b in pairs
-            ],
-        },
+        {name: comparison_rows(load_runs(paths)) for name, paths in tables.items()},
+        lower_loss(main_runs, pairs),
+        heldout_nats_per_token=text,
     )
-    console.print(str(options.json))
-
-
-def _rows(runs: list) -> list[dict[str, object]]:
-    rows: list[dict[str, object]] = [
-        {
-            "measure": measure,
-            "method": line.method,
-            "seeds": line.seeds,
-            "clients": line.clients,
-            "mean": line.mean.mean,
-            "interval": [line.mean.low, line.mean.high],
-        }
-        for measure in MEASURES
-        for line in compare(runs, measure)
-    ]
-    differences = [
-        {
-            "difference": f"{a} - {b}",
-            "mean": c.difference.mean,
-            "p": c.p_value,
-            "interval": [c.difference.low, c.difference.high],
-        }
-        for a, b, c in pairwise(runs, "loss")
-    ]
-    return rows + differences
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,7 @@ def on(
     graft: Path | None = None,
     template: str = "alpaca",
     limit: int = 64,
-    length: int = LENGTH,
+    length: int | None = LENGTH,
     new_tokens: int = 4,
 ) -> Figures:
     source = None if text is None else str(text)
@@ -247,3 +248,53 @@ def test_a_graft_form_is_read_from_its_folder(settings, run_dir, texts, tmp_path
     (copied / "graft_config.json").write_text(json.dumps({**config, "form": "copy"}))
     a, b = (on(settings.model, text=texts, length=32, graft=g)["a"] for g in (delta, copied))
     assert a["loss"] != b["loss"]
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "says"),
+    [
+        ("graft_config.json", "{nope", "graft_config.json is damaged or cut off"),
+        ("graft_config.json", "[]", "it is not a JSON object"),
+        ("graft_config.json", {"rank": None}, "graft_config.json is damaged"),
+        ("graft_config.json", {"form": "leaf"}, 'graft form "leaf" is unknown; use one of delta'),
+        ("graft.safetensors", "short", "graft.safetensors is damaged or cut off"),
+    ],
+)
+def test_a_damaged_graft_is_told(run_dir, moe_dir, rows_dir, tmp_path, file, change, says):
+    shutil.copytree(run_dir / "clients/pears/graft", tmp_path / "graft")
+    path = tmp_path / "graft" / file
+    if isinstance(change, dict):
+        change = json.dumps(json.loads(path.read_text()) | change)
+    path.write_text(change)
+    with pytest.raises(PomonaError, match=says):
+        on(moe_dir, rows=rows_dir / "test.jsonl", graft=tmp_path / "graft")
+
+
+def test_a_graft_config_without_a_field_is_told(run_dir, moe_dir, rows_dir, tmp_path):
+    shutil.copytree(run_dir / "clients/pears/graft", tmp_path / "graft")
+    (tmp_path / "graft/graft_config.json").write_text("{}")
+    with pytest.raises(PomonaError, match="it has no 'form'"):
+        on(moe_dir, rows=rows_dir / "test.jsonl", graft=tmp_path / "graft")
+
+
+def test_a_graft_of_an_expert_the_model_lacks_is_told(run_dir, moe_dir, rows_dir, tmp_path):
+    shutil.copytree(run_dir / "clients/pears/graft", tmp_path / "graft")
+    path = tmp_path / "graft/graft.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith(".expert"))
+    save_file(tensors | {name: torch.tensor(9)}, path)
+    with pytest.raises(PomonaError, match=r"it grew from expert 9 of .*, which has 4"):
+        on(moe_dir, rows=rows_dir / "test.jsonl", graft=tmp_path / "graft")
+
+
+@pytest.mark.parametrize("content", ["{nope", "[]", "{}"])
+def test_a_damaged_adapter_is_told(run_dir, moe_dir, rows_dir, tmp_path, content):
+    shutil.copytree(run_dir / "shared", tmp_path / "shared")
+    (tmp_path / "shared/adapter_config.json").write_text(content)
+    with pytest.raises(PomonaError, match=r"adapter_config.json is damaged|is no plain LoRA"):
+        on(moe_dir, rows=rows_dir / "test.jsonl", adapter=tmp_path / "shared")
+
+
+def test_without_a_length_the_context_is_the_limit(moe_dir, rows_dir):
+    rows = rows_dir / "test.jsonl"
+    assert on(moe_dir, rows=rows, length=None) == on(moe_dir, rows=rows, length=256)

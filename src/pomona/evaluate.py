@@ -1,11 +1,11 @@
 """Evaluate: what a model, or a client's personal model, is worth on text and on rows."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
-from pomona.artifacts.run import read_graft
+from pomona.artifacts.graft_format import read_graft
 from pomona.data.examples import encode, padding_id
 from pomona.data.rows import read_rows
 from pomona.data.templates import TEMPLATES
@@ -13,9 +13,10 @@ from pomona.data.texts import consecutive_windows, has_held_out, read_domains, r
 from pomona.errors import PomonaError
 from pomona.evaluation.loss import RowLoss, perplexity, text_loss
 from pomona.federation.cohort import FrozenBase
+from pomona.federation.graft import selected_experts
 from pomona.federation.measure import Evaluation, answers_of, loss_summary, losses_of
 from pomona.federation.update import ClientState
-from pomona.models.experts import find_expert_sites, freeze
+from pomona.models.experts import ExpertSite, find_expert_sites, freeze
 from pomona.models.loading import context_length, load_model, load_tokenizer
 from pomona.models.lora import LoRA
 from pomona.models.peft_format import read_adapter
@@ -32,17 +33,21 @@ def measure(
     graft: Path | None,
     template: str,
     limit: int,
-    length: int,
+    length: int | None,
     new_tokens: int,
     progress: Progress = silent,
 ) -> Figures:
     """Return the figures of each text domain (loss, perplexity) or of the rows (and ROUGE-L).
 
+    Without a `length` the longest row or window has 512 tokens, or what the model's context holds.
+
     Raises `PomonaError` when there is nothing to measure on or the length does not fit.
     """
-    _check(text, rows, template, limit, length, new_tokens)
+    _check(text, rows, template, limit, length or 512, new_tokens)
     base, state = _personal(source, adapter, graft)
-    if length > context_length(base.model):
+    if length is None:
+        length = min(512, context_length(base.model))
+    elif length > context_length(base.model):
         raise PomonaError(
             f"length {length} is longer than the context of {source}, "
             f"{context_length(base.model)} tokens; make it smaller"
@@ -87,6 +92,7 @@ def _personal(
         _check_fits(shared, base.init_adapter(0), adapter, source)
     if graft is not None:
         _check_fits(private, base.init_graft(0, "", [0] * len(sites)), graft, source)
+        _check_experts(private, sites, graft, source)
     return base, ClientState(shared, private)
 
 
@@ -100,6 +106,17 @@ def _check_fits(
             raise PomonaError(
                 f'{folder} does not belong to {source}: the tensor "{name}" is '
                 f"{_shape(found)} there and for the model {_shape(wanted)}"
+            )
+
+
+def _check_experts(
+    graft: Mapping[str, Tensor], sites: Sequence[ExpertSite], folder: Path, source: str
+) -> None:
+    for site, expert in zip(sites, selected_experts(sites, graft), strict=True):
+        if not 0 <= expert < site.num_experts:
+            raise PomonaError(
+                f"{folder} does not belong to {source}: it grew from expert {expert} of "
+                f"{site.name}, which has {site.num_experts}"
             )
 
 

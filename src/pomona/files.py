@@ -1,4 +1,4 @@
-"""Atomic writing: a reader sees the old file or the new one, never half of either."""
+"""Atomic writing, and reading JSON back: a reader sees the old file or the new one, never half."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 from pomona.errors import PomonaError
 
@@ -81,3 +82,21 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: object) -> None:
     """Write JSON that a person can read, atomically."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object; raises `PomonaError` naming the file that is damaged or none."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise PomonaError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:  # malformed JSON as well as bytes that are not UTF-8
+        raise damaged(path, error) from error
+    if not isinstance(value, dict):
+        raise damaged(path, "it is not a JSON object")
+    return cast(dict[str, Any], value)
+
+
+def damaged(path: Path, reason: Exception | str) -> PomonaError:
+    """Return the sentence for a file whose content is not what was once written."""
+    return PomonaError(f"{path} is damaged or cut off ({reason}); copy or download it again")

@@ -235,7 +235,7 @@ def _windows(
     }
 
 
-def _share(windows: Mapping[str, Tokens], group: Sequence[str]) -> Tokens:
+def _share(windows: Mapping[str, Tensor], group: Sequence[str]) -> Tensor:
     """Give every domain of a group an equal share of the group's windows (DIVE, section 3.2)."""
     each = max(1, len(windows[group[0]]) // len(group))
     return torch.cat([windows[domain][:each] for domain in group])

@@ -6,7 +6,8 @@ K experts per token · L layers · V vocabulary · M calibration domains · C cl
 Z labelled tokens of a batch
 
 `keep_LEW` is a tensor [L, E, W]. Suffixes never appear on parameters or in checkpoints. The aliases
-below are checked at run time in tests only (`pytest --jaxtyping-packages=pomona,beartype.beartype`).
+below are checked at run time in tests only (`pytest
+--jaxtyping-packages=pomona,shape_checks.checked`, which is the default there).
 """
 
 from typing import TypeAlias
@@ -16,6 +17,7 @@ from torch import Tensor
 
 Tokens: TypeAlias = Int[Tensor, "B T"]
 TokenMask: TypeAlias = Bool[Tensor, "B T"]
+AttentionMask: TypeAlias = Int[Tensor, "B T"]
 Hidden: TypeAlias = Float[Tensor, "N D"]
 Activation: TypeAlias = Float[Tensor, "N F"]
 Routing: TypeAlias = Int[Tensor, "N K"]

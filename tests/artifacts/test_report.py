@@ -71,7 +71,8 @@ def test_pairs_and_the_printed_table(runs):
         "pears",
         "plums",
         "mean",
-        "95 % interval",
+        "95 % from",
+        "95 % to",
         "seeds",
     ]
 

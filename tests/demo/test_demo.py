@@ -82,20 +82,17 @@ def test_rows_are_asked_about_everything_and_told_a_part(seed):
 
 
 def test_the_story_in_small(tmp_path, monkeypatch):
-    whole = story.methods
+    whole = story.settings_of
 
     def short(*arguments):
-        return [
-            replace(
-                settings,
-                rounds=2,
-                local=LocalTraining(steps=2, batch=4, learning_rate=1e-2),
-                evaluation=Evaluation(every=2, rows=6, answers=2, new_tokens=8),
-            )
-            for settings in whole(*arguments)
-        ]
+        return replace(
+            whole(*arguments),
+            rounds=2,
+            local=LocalTraining(steps=2, batch=4, learning_rate=1e-2),
+            evaluation=Evaluation(every=2, rows=6, answers=2, new_tokens=8),
+        )
 
-    monkeypatch.setattr(story, "methods", short)
+    monkeypatch.setattr(story, "settings_of", short)
     stages = []
     runs, page = story.tell(tmp_path, 0, lambda stage, done, total: stages.append(stage))
     assert [run.method for run in load_runs(runs)] == ["local-only", "FedAvg", "FLEx"]

@@ -21,11 +21,12 @@ from urllib.parse import quote
 from torch import Tensor
 
 import pomona
+from pomona.artifacts.graft_format import write_graft
 from pomona.errors import PomonaError
 from pomona.federation.graft import Graft
 from pomona.federation.strategies import ServerState
 from pomona.federation.update import ClientState
-from pomona.files import atomic_folder, cannot_write, write_json, write_text
+from pomona.files import cannot_write, read_object, write_json, write_text
 from pomona.models.lora import LoRA
 from pomona.models.peft_format import write_adapter
 from pomona.models.weights import read_tensors, write_tensors
@@ -168,11 +169,11 @@ class RunDirectory:
 
     def results(self) -> dict[str, Any]:
         """Return the final results of a finished run."""
-        return json.loads((self.path / "results.json").read_text("utf-8"))
+        return read_object(self.path / "results.json")
 
     def _read_state(self) -> dict[str, Any] | None:
         path = self.path / "checkpoint" / "state.json"
-        return json.loads(path.read_text("utf-8")) if path.is_file() else None
+        return read_object(path) if path.is_file() else None
 
     def _append(self, name: str, entries: Sequence[Mapping[str, Any]]) -> int:
         path = self.path / name
@@ -184,33 +185,6 @@ class RunDirectory:
                 return file.tell()
         except OSError as error:
             raise cannot_write(path, error) from error
-
-
-def write_graft(folder: Path, graft: Graft, tensors: Mapping[str, Tensor], base: str) -> None:
-    """Write one client's graft: graft.safetensors and graft_config.json."""
-    config = {
-        "pomona": pomona.__version__,
-        "base_model": base,
-        "form": graft.form,
-        "rank": graft.rank,
-        "alpha": graft.alpha,
-        "bias": graft.bias,
-    }
-    with atomic_folder(folder) as partial:
-        write_tensors(partial / "graft.safetensors", tensors, {"format": "pt"})
-        write_json(partial / "graft_config.json", config)
-
-
-def read_graft(folder: Path) -> tuple[Graft, dict[str, Tensor]]:
-    """Read a graft folder back; raises `PomonaError` when it is none."""
-    path = folder / "graft_config.json"
-    if not path.is_file():
-        raise PomonaError(f"{folder} holds no graft_config.json; give a client's graft folder")
-    config = json.loads(path.read_text("utf-8"))
-    graft = Graft(
-        form=config["form"], rank=config["rank"], alpha=config["alpha"], bias=config["bias"]
-    )
-    return graft, read_tensors(folder / "graft.safetensors")
 
 
 def _replace_adapter(folder: Path, lora: LoRA, tensors: Mapping[str, Tensor], base: str) -> None:
@@ -240,7 +214,7 @@ def _check_same(path: Path, recipe: str) -> None:
     known, about = path / "recipe.toml", path / "run.json"
     if not about.is_file():
         raise PomonaError(f"{path} holds files that are no run; choose an empty or new folder")
-    if json.loads(about.read_text("utf-8")).get("format") != FORMAT:
+    if read_object(about).get("format") != FORMAT:
         raise PomonaError(f"{path} was written by another version of Pomona; choose a new folder")
     if not known.is_file():
         write_text(known, recipe)

@@ -16,6 +16,7 @@ from pomona.evaluation.intervals import (
     paired_bootstrap,
     ratio_bootstrap,
 )
+from pomona.files import read_object
 
 BASE = "base"
 
@@ -59,13 +60,13 @@ def _load(path: Path) -> FinishedRun:
         raise PomonaError(f"{path} is no run directory: it holds no run.json")
     if not (path / "results.json").is_file():
         raise PomonaError(f"{path} is not finished; run its command again to go on with it")
-    about = _json(path / "run.json")
+    about = read_object(path / "run.json")
     return FinishedRun(
         path,
         about["method"],
         about["seed"],
         about,
-        _json(path / "results.json"),
+        read_object(path / "results.json"),
         _lines(path / "answers.jsonl"),
         _lines(path / "metrics.jsonl"),
         (path / "recipe.toml").read_text("utf-8"),
@@ -138,8 +139,8 @@ def table(runs: Sequence[FinishedRun], measure: str) -> tuple[list[str], list[li
         [name, *(f"{line.clients[name]:.{digits}f}" for line in lines)] for name in lines[0].clients
     ]
     rows.append(["mean", *(f"{line.mean.mean:.{digits}f}" for line in lines)])
-    bounds = [f"{line.mean.low:.{digits}f}–{line.mean.high:.{digits}f}" for line in lines]
-    rows.append(["95 % interval", *bounds])
+    rows.append(["95 % from", *(f"{line.mean.low:.{digits}f}" for line in lines)])
+    rows.append(["95 % to", *(f"{line.mean.high:.{digits}f}" for line in lines)])
     if any(len(line.seeds) > 1 for line in lines):
         rows.append(["seeds", *("" if x.method == BASE else str(len(x.seeds)) for x in lines)])
     return ["client", *(line.method for line in lines)], rows
@@ -149,10 +150,6 @@ MEASURES = {
     "loss": "answer loss, nats per token (lower is better)",
     "rouge_l": "ROUGE-L, 0 to 100 (higher is better)",
 }
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text("utf-8"))
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

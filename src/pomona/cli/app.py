@@ -47,7 +47,7 @@ for command in (reconstruct, federate, evaluate, report, demo):
     app.command()(_ending(command))
 
 
-def _show_version(wanted: bool) -> None:
+def _show_version(wanted: bool | None) -> None:
     if wanted:
         typer.echo(f"pomona {pomona.__version__}")
         raise typer.Exit
@@ -56,9 +56,9 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool,
+        bool | None,
         typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
-    ] = False,
+    ] = None,
 ) -> None:
     pass
 

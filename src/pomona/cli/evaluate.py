@@ -20,7 +20,14 @@ Graft = Annotated[
     Path | None, typer.Option("--graft", help="A client's graft folder to put on.", metavar="DIR")
 ]
 Limit = Annotated[int, typer.Option("--limit", help="Rows, or windows per domain; 0: all.")]
-Length = Annotated[int, typer.Option("--length", help="Longest row or window, in tokens.")]
+Length = Annotated[
+    int | None,
+    typer.Option(
+        "--length",
+        help="Longest row or window, in tokens; 512 if not given, or the context if that is shorter.",
+        show_default=False,
+    ),
+]
 NewTokens = Annotated[int, typer.Option("--new-tokens", help="Longest answer; 0 skips answers.")]
 Json = Annotated[
     Path | None, typer.Option("--json", help="Also write the figures here.", metavar="FILE")
@@ -36,7 +43,7 @@ def evaluate(
     graft: Graft = None,
     template: TemplateName = "alpaca",
     limit: Limit = 64,
-    length: Length = 512,
+    length: Length = None,
     new_tokens: NewTokens = 64,
     json: Json = None,
 ) -> None:
@@ -54,7 +61,11 @@ def evaluate(
             model, text, rows, adapter, graft, template, limit, length, new_tokens, progress
         )
     columns = list(next(iter(figures.values())))
-    table = [[name, *(f"{own[column]:.3f}" for column in columns)] for name, own in figures.items()]
+    table = [[name, *(_figure(own[column]) for column in columns)] for name, own in figures.items()]
     print_table(model, ["on", *columns], table)
     if json is not None:
         write_json(json, {"model": model, "figures": figures})
+
+
+def _figure(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.3f}"

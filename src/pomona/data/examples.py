@@ -5,13 +5,11 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pomona.data.row import Row
 from pomona.data.templates import Template
-from pomona.shapes import Tokens
+from pomona.shapes import AttentionMask, TokenMask, Tokens
 
 
 @dataclass(frozen=True)
@@ -26,9 +24,9 @@ class Example:
 class Batch:
     """Right-padded examples [B, T]; labels are answer tokens."""
 
-    input_ids_BT: Tensor
-    attention_mask_BT: Tensor
-    label_mask_BT: Tensor
+    input_ids_BT: Tokens
+    attention_mask_BT: AttentionMask
+    label_mask_BT: TokenMask
 
 
 def encode(
@@ -69,9 +67,7 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     return Batch(input_ids_BT, real_BT.long(), real_BT & (place_T >= start_B.unsqueeze(1)))
 
 
-def collate_prompts(
-    prompts: Sequence[Sequence[int]], pad_id: int
-) -> tuple[Tokens, Int[Tensor, "B T"]]:
+def collate_prompts(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tokens, AttentionMask]:
     """Return left-padded prompts and their attention mask, for generation."""
     length = max(map(len, prompts))
     input_ids_BT = torch.full((len(prompts), length), pad_id, dtype=torch.int64)
@@ -83,13 +79,13 @@ def collate_prompts(
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the padding token, or the end-of-sequence token where none is defined."""
-    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-    return cast(int, eos if pad is None else pad)
+    """Return the padding token, else the end-of-sequence token, else 0: masked, it is never seen."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return cast(int, next(token for token in known if token is not None))
 
 
 def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # pyright: ignore
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])  # pyright: ignore
 
 
 def _prompt_tokens(row: Row, template: Template, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -110,7 +110,7 @@ def consecutive_windows(
 
 def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Return each text's tokens, led by the beginning-of-sequence token where one is defined."""
-    encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     bos = [] if tokenizer.bos_token_id is None else [cast(int, tokenizer.bos_token_id)]
     return [[*bos, *tokens] for tokens in encoded]  # pyright: ignore[reportGeneralTypeIssues]
 

@@ -13,7 +13,7 @@ from pomona.demo.clients import client_rows
 from pomona.demo.domains import domain_texts
 from pomona.federate import FederateSettings, federate
 from pomona.federation.graft import Graft
-from pomona.federation.strategies import FedAvg, LocalOnly
+from pomona.federation.strategies import FedAvg, LocalOnly, Strategy
 from pomona.files import write_text
 from pomona.progress import Progress, silent, titled
 from pomona.recipe import build, dump
@@ -24,7 +24,18 @@ MODEL = Path(str(files("pomona.demo"))) / "model"
 _RECIPE = Path(str(files("pomona.demo"))) / "recipe.toml"
 
 
-def tell(out: Path, seed: int = 0, progress: Progress = silent) -> tuple[list[Path], Path]:
+METHODS: dict[str, tuple[Strategy, Graft | None]] = {
+    "local-only": (LocalOnly(), None),
+    "FedAvg": (FedAvg(), None),
+    "FLEx": (FedAvg(), Graft(rank=8)),
+    "local-only + graft": (LocalOnly(), Graft(rank=8)),
+}
+STORY = ("local-only", "FedAvg", "FLEx")
+
+
+def tell(
+    out: Path, seed: int = 0, progress: Progress = silent, methods: Sequence[str] = STORY
+) -> tuple[list[Path], Path]:
     """Run the demo in `out`, or go on with it; return its run directories and the report.
 
     The mixture is made once; each seed has runs, clients' rows and draws of its own.
@@ -35,21 +46,20 @@ def tell(out: Path, seed: int = 0, progress: Progress = silent) -> tuple[list[Pa
         texts = domain_texts(seed=2, documents=60)
         reconstruct(MODEL, texts, mixture, replace(settings, affinity_windows=4), progress)
     write_clients(clients, seed)
-    runs = [_federate(out, settings, progress) for settings in methods(mixture, clients, seed)]
+    runs = [
+        _federate(out, settings_of(method, mixture, clients, seed), progress) for method in methods
+    ]
     write_report(runs, out / "report.html")
     return runs, out / "report.html"
 
 
-def methods(mixture: Path, clients: Path, seed: int) -> list[FederateSettings]:
-    """Return local-only, FedAvg and FLEx: one recipe, other strategy and graft."""
+def settings_of(method: str, mixture: Path, clients: Path, seed: int) -> FederateSettings:
+    """Return one method's federation: the same recipe for all, other strategy and graft."""
     table = read_table(_RECIPE)
     table |= {"model": str(mixture.resolve()), "data": {"folder": str(clients.resolve())}}
-    common = replace(build(FederateSettings, table, Path.cwd(), str(_RECIPE)), seed=seed)
-    return [
-        replace(common, name="local-only", strategy=LocalOnly()),
-        replace(common, name="FedAvg", strategy=FedAvg()),
-        replace(common, name="FLEx", strategy=FedAvg(), graft=Graft(rank=8)),
-    ]
+    common = build(FederateSettings, table, Path.cwd(), str(_RECIPE))
+    strategy, graft = METHODS[method]
+    return replace(common, name=method, seed=seed, strategy=strategy, graft=graft)
 
 
 def write_clients(folder: Path, seed: int) -> None:
@@ -64,7 +74,7 @@ def _write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def _federate(out: Path, settings: FederateSettings, progress: Progress) -> Path:
-    path = out / f"{settings.name.lower()}-{settings.seed}"
+    path = out / f"{settings.name.lower().replace(' + ', '-')}-{settings.seed}"
     about = {"command": ["pomona", "demo"], "method": settings.name, "seed": settings.seed}
     with RunDirectory.open(path, dump(settings), about) as run:
         federate(settings, run, titled(settings.name, progress))

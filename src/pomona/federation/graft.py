@@ -9,7 +9,7 @@ through the resident weights.
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,9 @@ from pomona.federation.selection.reconstruction import Reconstruction
 from pomona.models.attachment import Attachment
 from pomona.models.experts import ExpertSite
 from pomona.models.lora import low_rank, low_rank_pair
+
+GraftForm = Literal["delta", "copy"]
+GateStart = Literal["router", "zero"]
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,8 @@ class Graft:
     """
 
     selection: Selection = field(default_factory=Reconstruction)
-    form: Literal["delta", "copy"] = "delta"
-    gate: Literal["router", "zero"] = "router"
+    form: GraftForm = "delta"
+    gate: GateStart = "router"
     bias: bool = False
     rank: int = 8
     alpha: float = 16.0
@@ -44,6 +47,12 @@ class Graft:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise PomonaError(f"graft rank {self.rank} is not positive; use 1 or more")
+        for name, kinds in (("form", GraftForm), ("gate", GateStart)):
+            if getattr(self, name) not in get_args(kinds):
+                known = ", ".join(get_args(kinds))
+                raise PomonaError(
+                    f'graft {name} "{getattr(self, name)}" is unknown; use one of {known}'
+                )
 
     @property
     def scaling(self) -> float:

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from pomona.data.rows import Row
 from pomona.errors import PomonaError
 from pomona.seeds import numpy_generator
 
 
+@runtime_checkable
 class Partition(Protocol):
     """Deals rows to clients; train and test rows are dealt by the same rule."""
 

@@ -5,14 +5,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pomona.models.attachment import Attachment
-from pomona.shapes import TokenMask, Tokens
+from pomona.shapes import AttentionMask, TokenMask, Tokens
 
 
 def labelled_logits(
     model: nn.Module,
     input_ids_BT: Tokens,
-    attention_mask_BT: TokenMask | Tokens,
-    label_mask_BT: TokenMask | Tokens,
+    attention_mask_BT: TokenMask | AttentionMask,
+    label_mask_BT: TokenMask | AttentionMask,
 ) -> Float[Tensor, "Z V"]:
     """Return the logits that predict each labelled token, row by row, [Z, V].
 

@@ -7,7 +7,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from pomona.errors import PomonaError
-from pomona.files import atomic_folder
+from pomona.files import atomic_folder, damaged
 from pomona.models.lora import LoRA
 from pomona.models.weights import read_tensors, write_tensors
 
@@ -42,18 +42,25 @@ def write_adapter(folder: Path, lora: LoRA, tensors: Mapping[str, Tensor], base:
 def read_adapter(folder: Path) -> tuple[LoRA, dict[str, Tensor]]:
     """Read a PEFT LoRA folder back as its settings and tensors without a client dimension.
 
-    Raises `PomonaError` when the folder is no plain LoRA adapter.
+    Raises `PomonaError` when the folder is no plain LoRA adapter or a file of it is damaged.
     """
     if not (folder / "adapter_config.json").is_file():
         raise PomonaError(f"{folder} holds no adapter_config.json; give a PEFT adapter folder")
-    config = LoraConfig.from_pretrained(str(folder))
+    path = folder / "adapter_config.json"
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+    except (OSError, TypeError, ValueError, KeyError) as error:
+        raise damaged(path, error) from error
     if not isinstance(config, LoraConfig) or config.use_dora or config.use_rslora:
         raise PomonaError(f"{folder} is no plain LoRA adapter; DoRA and rsLoRA are not supported")
     if config.rank_pattern or config.alpha_pattern or isinstance(config.target_modules, str):
         raise PomonaError(
             f"{folder} gives layers different ranks or targets by pattern; use a list"
         )
-    lora = LoRA(config.r, float(config.lora_alpha), tuple(sorted(config.target_modules or ())))
+    try:
+        lora = LoRA(config.r, float(config.lora_alpha), tuple(sorted(config.target_modules or ())))
+    except (TypeError, PomonaError) as error:
+        raise damaged(path, error) from error
     tensors = {
         name.removeprefix(_PREFIX).removesuffix(".weight"): value
         for name, value in read_tensors(folder / _WEIGHTS).items()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pomona.models.attachment import Attachment
 from pomona.models.experts import ExpertSite
-from pomona.shapes import TokenMask, Tokens
+from pomona.shapes import AttentionMask, TokenMask
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,9 @@ class RoutingCounts:
 
 @contextmanager
 def count_routing(
-    sites: Sequence[ExpertSite], num_clients: int = 1, mask_BT: TokenMask | Tokens | None = None
+    sites: Sequence[ExpertSite],
+    num_clients: int = 1,
+    mask_BT: TokenMask | AttentionMask | None = None,
 ) -> Generator[RoutingCounts]:
     """Count the forward passes of a block of code; rows are client-major.
 

@@ -1,6 +1,5 @@
 """Weights on disk: safetensors only, read lazily, written in shards."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pomona.errors import PomonaError
-from pomona.files import atomic_file, write_json
+from pomona.files import atomic_file, damaged, read_object, write_json
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -34,7 +33,7 @@ class Checkpoint:
         config_path = folder / "config.json"
         if not config_path.is_file():
             raise PomonaError(f"{folder} is no checkpoint folder: it holds no config.json")
-        return cls(folder, _read_object(config_path), _locate(folder))
+        return cls(folder, read_object(config_path), _locate(folder))
 
     def tensor(self, name: str) -> Tensor:
         """Return one tensor; only its bytes are read."""
@@ -76,7 +75,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(str(path))
     except SafetensorError as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -113,9 +112,9 @@ def _name_shards(folder: Path, shards: list[list[str]], total: int) -> None:
 
 def _locate(folder: Path) -> dict[str, Path]:
     if (folder / _INDEX).is_file():
-        weight_map = _read_object(folder / _INDEX).get("weight_map")
+        weight_map = read_object(folder / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
-            raise _damaged(folder / _INDEX, "it has no weight_map")
+            raise damaged(folder / _INDEX, "it has no weight_map")
         paths = {folder / str(file) for file in cast(dict[str, Any], weight_map).values()}
     elif (folder / _SINGLE).is_file():
         paths = {folder / _SINGLE}
@@ -130,24 +129,10 @@ def _locate(folder: Path) -> dict[str, Path]:
     return located
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except ValueError as error:  # malformed JSON as well as bytes that are not UTF-8
-        raise _damaged(path, error) from error
-    if not isinstance(value, dict):
-        raise _damaged(path, "it is not a JSON object")
-    return cast(dict[str, Any], value)
-
-
 def _opened(path: Path) -> Any:
     if not path.is_file():
         raise PomonaError(f"{path} is missing; the checkpoint's index names it")
     try:
         return safe_open(str(path), framework="pt")
     except SafetensorError as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception | str) -> PomonaError:
-    return PomonaError(f"{path} is damaged or cut off ({error}); copy or download it again")
+        raise damaged(path, error) from error

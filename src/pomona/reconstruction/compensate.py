@@ -6,7 +6,7 @@ here is the bias-free least-squares refit.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from pomona.reconstruction.ffn import DenseModel, observe
 from pomona.shapes import Tokens
 
 
+@runtime_checkable
 class Compensation(Protocol):
     """Gives an expert the `down_proj` columns of its kept channels."""
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,13 +13,14 @@ from pomona.seeds import torch_generator
 from pomona.shapes import Tokens
 
 
+@runtime_checkable
 class Router(Protocol):
     """Makes the router rows of every layer."""
 
     def __call__(
         self,
         dense: DenseModel,
-        windows: Sequence[Tokens],
+        windows: Sequence[Tensor],
         keep_LEW: Tensor,
         downs: Sequence[Sequence[Tensor]],
         seed: int,
@@ -37,7 +38,7 @@ class RandomRouter:
     def __call__(
         self,
         dense: DenseModel,
-        windows: Sequence[Tokens],
+        windows: Sequence[Tensor],
         keep_LEW: Tensor,
         downs: Sequence[Sequence[Tensor]],
         seed: int,
@@ -60,7 +61,7 @@ class Centroids:
     def __call__(
         self,
         dense: DenseModel,
-        windows: Sequence[Tokens],
+        windows: Sequence[Tensor],
         keep_LEW: Tensor,
         downs: Sequence[Sequence[Tensor]],
         seed: int,
@@ -89,7 +90,7 @@ class Fitted:
     def __call__(
         self,
         dense: DenseModel,
-        windows: Sequence[Tokens],
+        windows: Sequence[Tensor],
         keep_LEW: Tensor,
         downs: Sequence[Sequence[Tensor]],
         seed: int,

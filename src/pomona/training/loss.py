@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as fn
 
 from pomona.models.logits import labelled_logits
-from pomona.shapes import PerClient, TokenMask, Tokens
+from pomona.shapes import AttentionMask, PerClient, TokenMask, Tokens
 
 
 def client_means(
@@ -22,7 +22,7 @@ def client_means(
 def completion_losses(
     model: torch.nn.Module,
     input_ids_BT: Tokens,
-    attention_mask_BT: TokenMask,
+    attention_mask_BT: AttentionMask,
     label_mask_BT: TokenMask,
     clients: int,
 ) -> PerClient:

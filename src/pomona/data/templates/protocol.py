@@ -1,12 +1,13 @@
 """What a template is."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from transformers import PreTrainedTokenizerBase
 
 from pomona.data.row import Row
 
 
+@runtime_checkable
 class Template(Protocol):
     """Turns a row into the text after which the answer begins."""
 

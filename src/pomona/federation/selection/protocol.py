@@ -1,7 +1,7 @@
 """What a selection rule is."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import nn
 
@@ -9,6 +9,7 @@ from pomona.data.examples import Batch
 from pomona.models.experts import ExpertSite
 
 
+@runtime_checkable
 class Selection(Protocol):
     """Chooses one resident expert per MoE layer from a client's own data."""
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -18,6 +18,7 @@ class ServerState:
     memory: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
+@runtime_checkable
 class Strategy(Protocol):
     """Both halves of a federated algorithm: the client's penalty and the server's aggregation."""
 

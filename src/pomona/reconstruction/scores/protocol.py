@@ -1,7 +1,7 @@
 """What a score is."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -10,6 +10,7 @@ from pomona.reconstruction.ffn import DenseModel
 from pomona.shapes import DownProj, PerChannel, PerLayerChannel
 
 
+@runtime_checkable
 class Score(Protocol):
     """Gives every FFN channel of a layer an importance."""
 

@@ -1,0 +1,74 @@
+"""What every benchmark leaves behind: command, commit, machine, rows and bars as JSON."""
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pomona.artifacts.table import MEASURES, FinishedRun, compare, pairwise
+from pomona.cli.console import console
+from pomona.files import write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def record(path: Path, rows: object, bars: Sequence[Mapping[str, Any]], **more: object) -> None:
+    """Write a benchmark's result; each bar is {name, value, bar, holds}."""
+    about = {
+        "command": shlex.join(["python", *sys.argv]),
+        "commit": _commit(),
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+    }
+    write_json(path, {**about, **more, "rows": rows, "bars": list(bars)})
+    console.print(str(path))
+
+
+def comparison_rows(runs: Sequence[FinishedRun]) -> list[dict[str, object]]:
+    """Return every method's figures and the paired differences of their losses."""
+    rows: list[dict[str, object]] = [
+        {
+            "measure": measure,
+            "method": line.method,
+            "seeds": line.seeds,
+            "clients": line.clients,
+            "mean": line.mean.mean,
+            "interval": [line.mean.low, line.mean.high],
+        }
+        for measure in MEASURES
+        for line in compare(runs, measure)
+    ]
+    differences = [
+        {
+            "difference": f"{a} - {b}",
+            "mean": c.difference.mean,
+            "p": c.p_value,
+            "interval": [c.difference.low, c.difference.high],
+        }
+        for a, b, c in pairwise(runs, "loss")
+    ]
+    return rows + differences
+
+
+def lower_loss(
+    runs: Sequence[FinishedRun], pairs: Sequence[tuple[str, str]]
+) -> list[dict[str, object]]:
+    """Return a bar for every (method, opponent): the method's mean answer loss is the lower one."""
+    losses = {line.method: line.mean.mean for line in compare(runs, "loss")}
+    return [
+        {
+            "name": f"{a}: mean answer loss below {b}",
+            "value": losses[a],
+            "bar": losses[b],
+            "holds": losses[a] < losses[b],
+        }
+        for a, b in pairs
+    ]
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()

@@ -1,0 +1,195 @@
+"""Every member of every registry keeps its protocol's promises, also one added tomorrow."""
+
+import copy
+from dataclasses import fields, is_dataclass
+
+import pytest
+import torch
+from conftest import word_text
+from families import FAMILIES
+from transformers import AutoTokenizer
+
+from pomona.data.examples import Example, collate, encode, encode_prompt
+from pomona.data.formats import FORMATS, detect
+from pomona.data.row import Row
+from pomona.data.templates import TEMPLATES
+from pomona.data.texts import sample_windows
+from pomona.federation.partition import PARTITIONS
+from pomona.federation.selection import SELECTIONS
+from pomona.federation.strategies import STRATEGIES
+from pomona.federation.update import Update
+from pomona.models.dense import dense_family
+from pomona.models.experts import find_expert_sites
+from pomona.models.loading import load_model
+from pomona.models.weights import Checkpoint
+from pomona.recipe.registries import REGISTRIES
+from pomona.reconstruction.calibrate import calibrate
+from pomona.reconstruction.compensate import COMPENSATIONS
+from pomona.reconstruction.ffn import dense_model, top_channels
+from pomona.reconstruction.router import ROUTERS
+from pomona.reconstruction.scores import SCORES, score_layers
+
+
+@pytest.fixture(scope="module")
+def dense(dense_dir):
+    model = load_model(dense_dir, "float32").eval()
+    return dense_model(model, dense_family(Checkpoint.open(dense_dir)))
+
+
+@pytest.fixture(scope="module")
+def windows(dense_dir):
+    tokenizer = AutoTokenizer.from_pretrained(dense_dir)
+    texts = [[word_text(20 * domain + i, 40) for i in range(9)] for domain in range(3)]
+    return [sample_windows(own, tokenizer, 6, 24, 0, str(i)) for i, own in enumerate(texts)]
+
+
+def rows(count=40):
+    return [Row(word_text(i, 4), "", word_text(i + 1, 2), "xyz"[i % 3]) for i in range(count)]
+
+
+def updates():
+    generator = torch.Generator().manual_seed(0)
+    return [
+        Update(f"c{i}", i + 1, {n: torch.randn(2, 3, generator=generator) for n in ("p", "q")})
+        for i in range(4)
+    ]
+
+
+def test_registries_were_all_found():
+    assert len(REGISTRIES) == 7
+    assert sum(map(len, REGISTRIES.values())) >= 18
+
+
+@pytest.mark.parametrize(
+    ("protocol", "kind"), [(p, k) for p, members in REGISTRIES.items() for k in members]
+)
+def test_a_member_is_a_frozen_dataclass_with_defaults_and_a_docstring(protocol, kind):
+    member = REGISTRIES[protocol][kind]
+    assert is_dataclass(member)
+    assert member.__dataclass_params__.frozen
+    made = member()
+    assert made == member()
+    assert not member.__doc__.startswith(f"{member.__name__}("), "dataclass's own, not a docstring"
+
+
+@pytest.mark.parametrize("kind", SCORES)
+def test_a_score_is_finite_and_follows_its_channel(kind, dense, windows):
+    score, stats = SCORES[kind](), calibrate(dense, windows[0])
+    score_LF = score_layers(score, stats, dense)
+    assert score_LF.shape == (len(dense.ffns), dense.channels)
+    assert score_LF.isfinite().all()
+    assert score_LF.std(dim=1).min() > 0
+    down_DF = dense.downs[0].weight.detach().double()
+    order = torch.randperm(dense.channels, generator=torch.Generator().manual_seed(1))
+    moved = copy.copy(stats[0])
+    for field in fields(moved):
+        value = getattr(moved, field.name)
+        if isinstance(value, torch.Tensor) and value.ndim:
+            object.__setattr__(moved, field.name, value[order])
+    torch.testing.assert_close(score(moved, down_DF[:, order]), score_LF[0][order])
+
+
+@pytest.mark.parametrize("kind", COMPENSATIONS)
+def test_a_compensation_keeps_the_dense_columns_when_nothing_is_pruned(kind, dense, windows):
+    everything = torch.arange(dense.channels).repeat(len(dense.ffns), 1)
+    for column_DW, down in zip(
+        COMPENSATIONS[kind]()(dense, windows[0], everything), dense.downs, strict=True
+    ):
+        torch.testing.assert_close(column_DW.float(), down.weight.detach(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_a_router_gives_finite_rows_that_repeat(kind, dense, windows):
+    stats = [calibrate(dense, own) for own in windows[:2]]
+    keep = [top_channels(score_layers(SCORES["wifv"](), own, dense), 16) for own in stats]
+    downs = [
+        COMPENSATIONS["none"]()(dense, own, kept)
+        for own, kept in zip(windows[:2], keep, strict=True)
+    ]
+    arguments = (dense, windows[:2], torch.stack(keep, 1), list(zip(*downs, strict=True)), 3)
+    first, again = (ROUTERS[kind]()(*arguments) for _ in range(2))
+    assert len(first) == len(dense.ffns)
+    for row_ED, same_ED in zip(first, again, strict=True):
+        assert row_ED.shape == (2, dense.downs[0].out_features)
+        assert row_ED.isfinite().all()
+        assert torch.equal(row_ED, same_ED)
+
+
+@pytest.mark.parametrize("kind", SELECTIONS)
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_a_selection_names_one_expert_per_site_and_leaves_the_model(kind, family):
+    model = FAMILIES[family]()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    sites = find_expert_sites(model)
+    batch = collate([Example((3, 4, 5, 6, 7, 8), 2), Example((9, 8, 7), 1)], 0)
+    chosen, again = (SELECTIONS[kind]()(model, sites, [batch], 5) for _ in range(2))
+    assert chosen == again
+    assert len(chosen) == len(sites)
+    assert all(0 <= e < site.num_experts for e, site in zip(chosen, sites, strict=True))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(site.experts._forward_hooks for site in sites)
+
+
+@pytest.mark.parametrize("kind", STRATEGIES)
+def test_a_strategy_knows_no_order_keeps_its_inputs_and_streams(kind):
+    strategy, sent = STRATEGIES[kind](), updates()
+    state = strategy.init({n: torch.zeros(2, 3) for n in ("p", "q")})
+    kept = copy.deepcopy((state, sent))
+    forth = strategy.aggregate(state, iter(sent))
+    back = strategy.aggregate(state, reversed(sent))
+    for ours, theirs in ((forth.shared, back.shared), (forth.memory, back.memory)):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-6, atol=1e-7)
+    for now, then in zip(sent, kept[1], strict=True):
+        assert all(torch.equal(now.shared[n], then.shared[n]) for n in now.shared)
+    assert all(torch.equal(state.shared[n], kept[0].shared[n]) for n in state.shared)
+    nothing = strategy.aggregate(state, iter(()))
+    assert all(torch.equal(nothing.shared[n], state.shared[n]) for n in state.shared)
+
+
+@pytest.mark.parametrize("kind", STRATEGIES)
+def test_a_penalty_is_one_number_per_client_and_silent_at_the_anchor(kind):
+    anchor = {"p": torch.randn(3, 2, 2), "q": torch.randn(3, 4)}
+    penalty_C = STRATEGIES[kind]().penalty(anchor, anchor)
+    assert penalty_C is None or torch.equal(penalty_C, torch.zeros(3))
+
+
+@pytest.mark.parametrize("kind", PARTITIONS)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_partition_deals_every_row_once_and_the_same_way_again(kind, split):
+    partition, held = PARTITIONS[kind](), rows()
+    dealt = partition(held, 0, split)
+    assert sorted(map(hash, held)) == sorted(hash(r) for own in dealt.values() for r in own)
+    assert dealt == partition(held, 0, split)
+    assert list(dealt) == list(partition(held, 1, split)), "clients keep their names over seeds"
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_a_template_asks_the_same_in_training_and_evaluation(kind, dense_dir):
+    tokenizer = AutoTokenizer.from_pretrained(dense_dir)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+    )
+    template, row = TEMPLATES[kind](), Row("red apple", "green pear", "blue plum", "c")
+    example = encode(row, template, tokenizer, 1000)
+    asked = encode_prompt(row, template, tokenizer, 1000)
+    assert list(example.input_ids[: example.prompt_length]) == asked
+    text = tokenizer.decode(asked)
+    assert "red apple" in text
+    assert "green pear" in text
+    assert "blue plum" not in text
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_format_is_found_by_its_fields(kind):
+    records = {
+        "dolly": {"instruction": "i", "context": "x", "response": "r", "category": "c"},
+        "alpaca": {"instruction": "i", "input": "x", "output": "r"},
+        "qa": {"question": "i", "answer": "r"},
+        "prompt": {"prompt": "i", "completion": "r"},
+    }
+    assert detect(records[kind], "f:1") == kind
+    row = FORMATS[kind](records[kind], "f:1")
+    assert (row.instruction, row.response) == ("i", "r")

@@ -1,0 +1,25 @@
+"""The type checker under which the tests run: beartype, shapes included.
+
+pytest --jaxtyping-packages=pomona,shape_checks.checked
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, Self
+
+from beartype import BeartypeConf, beartype
+
+_CHECK = beartype(conf=BeartypeConf(is_pep484_tower=True))
+
+
+def checked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Check a function's arguments and result.
+
+    What returns `Self` is known outside its class only, and settings are made with wrong values on
+    purpose, to see what they say.
+    """
+    if not inspect.isfunction(function) or function.__name__ == "__init__":
+        return function
+    if Self in function.__annotations__.values():
+        return function
+    return _CHECK(function)
