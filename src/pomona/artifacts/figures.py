@@ -9,6 +9,8 @@ from cycler import cycler
 
 mpl.use("svg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from pomona.artifacts.table import FinishedRun, Line
 
@@ -35,7 +37,7 @@ def convergence(runs: Sequence[FinishedRun]) -> str:
         label = run.method if len({r.seed for r in runs}) == 1 else f"{run.method}, seed {run.seed}"
         axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
     axes.set(xlabel="round", ylabel="nats per answer token")
-    axes.legend(frameon=False)
+    _legend_above(figure, axes)
     return _svg(figure)
 
 
@@ -53,8 +55,14 @@ def per_client(lines: Sequence[Line], ylabel: str) -> str:
     if min(values) > 0.5 * max(values):  # small differences of large figures need a closer look
         axes.set_ylim(min(values) * 0.95, max(values) * 1.02)
     axes.set_ylabel(ylabel)
-    axes.legend(frameon=False)
+    _legend_above(figure, axes)
     return _svg(figure)
+
+
+def _legend_above(figure: Figure, axes: Axes) -> None:
+    """Where no bar and no line can be."""
+    names = axes.get_legend_handles_labels()[1]
+    figure.legend(frameon=False, loc="outside upper center", ncols=min(4, len(names)))
 
 
 def heat_map(

@@ -25,7 +25,7 @@ _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--page);max-width:60rem;
 margin:auto;padding:1rem}
 h1{margin:.2em 0}h2{margin-top:2em}.soft,figcaption{color:var(--soft);font-size:.9rem}
-.scroll{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+.scroll{overflow-x:auto;margin-block:1rem}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.3rem .7rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
 th:first-child,td:first-child{text-align:left}figure{margin:1em 0}
 figure svg{max-width:100%;height:auto;background:var(--plot);border-radius:6px}
@@ -94,7 +94,7 @@ def _measure(runs: Sequence[FinishedRun], measure: str) -> str:
     ]
     plot = figures.per_client(lines, MEASURES[measure].partition(" (")[0])
     return (
-        f"<h2>{_text(MEASURES[measure].capitalize())}</h2>{_table(header, body)}"
+        f"<h2>{_text(_sentence(MEASURES[measure]))}</h2>{_table(header, body)}"
         f"{_differences(runs, measure, digits)}{_figure(plot, 'Per client. From answers.jsonl.')}"
     )
 
@@ -193,3 +193,8 @@ def _megabytes(size: int) -> str:
 
 def _text(value: str) -> str:
     return html.escape(value)
+
+
+def _sentence(text: str) -> str:
+    """Begin with a capital letter; the others stay as they are (ROUGE-L)."""
+    return text[:1].upper() + text[1:]
