@@ -94,7 +94,11 @@ def save_model(folder: Path, kind: str, **settings: object) -> Path:
         **settings,
     )
     torch.manual_seed(0)
-    getattr(transformers, f"{kind}ForCausalLM")(config).float().save_pretrained(folder)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).float()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # they are born zero, and a lost one would not show
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
     return folder
 
 

@@ -153,14 +153,15 @@ def test_tokenizer_comes_along(dense_dir, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"experts": 1}, "experts 1 make no mixture"),
+        ({"experts": 0}, "experts 0 is not positive"),
         ({"active": 3}, "active 3 is not between 1 and experts 2"),
         ({"active": 0}, "active 0 is not between 1 and experts 2"),
         ({"keep": 0.0}, "keep 0.0 is not a share"),
         ({"keep": 1.5}, "keep 1.5 is not a share"),
         ({"windows": 1}, "windows 1 is too small"),
         ({"affinity": "score"}, 'affinity "score" is unknown; use one of perplexity, scores'),
-        ({"linkage": "avrage"}, 'linkage "avrage" is unknown; use one of average, complete'),
+        ({"linkage": "avrage"}, 'linkage "avrage" is unknown; use one of average, complete, ward'),
+        ({"grouping": "none"}, 'grouping "none" is unknown; use one of affinity, random, all'),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_where_they_are_made(change, message):

@@ -14,6 +14,7 @@ from pomona.data.formats import FORMATS, detect
 from pomona.data.row import Row
 from pomona.data.templates import TEMPLATES
 from pomona.data.texts import sample_windows
+from pomona.errors import PomonaError
 from pomona.federation.partition import PARTITIONS
 from pomona.federation.selection import SELECTIONS
 from pomona.federation.strategies import STRATEGIES
@@ -25,7 +26,9 @@ from pomona.models.weights import Checkpoint
 from pomona.recipe.registries import REGISTRIES
 from pomona.reconstruction.calibrate import calibrate
 from pomona.reconstruction.compensate import COMPENSATIONS
-from pomona.reconstruction.ffn import dense_model, top_channels
+from pomona.reconstruction.ffn import dense_model
+from pomona.reconstruction.plan import ExpertPlan, no_channels
+from pomona.reconstruction.planners import PLANNERS, Calibration, TopChannels
 from pomona.reconstruction.router import ROUTERS
 from pomona.reconstruction.scores import SCORES, score_layers
 
@@ -56,8 +59,8 @@ def updates():
 
 
 def test_registries_were_all_found():
-    assert len(REGISTRIES) == 7
-    assert sum(map(len, REGISTRIES.values())) >= 18
+    assert len(REGISTRIES) == 8
+    assert sum(map(len, REGISTRIES.values())) >= 24
 
 
 @pytest.mark.parametrize(
@@ -74,11 +77,15 @@ def test_a_member_is_a_frozen_dataclass_with_defaults_and_a_docstring(protocol, 
 
 @pytest.mark.parametrize("kind", SCORES)
 def test_a_score_is_finite_and_follows_its_channel(kind, dense, windows):
-    score, stats = SCORES[kind](), calibrate(dense, windows[0])
+    score = SCORES[kind]()
+    stats = calibrate(dense, windows[0], score.gradients)
     score_LF = score_layers(score, stats, dense)
     assert score_LF.shape == (len(dense.ffns), dense.channels)
     assert score_LF.isfinite().all()
     assert score_LF.std(dim=1).min() > 0
+    assert torch.equal(score_LF, score_layers(score, stats, dense))
+    if kind == "random":
+        return
     down_DF = dense.downs[0].weight.detach().double()
     order = torch.randperm(dense.channels, generator=torch.Generator().manual_seed(1))
     moved = copy.copy(stats[0])
@@ -89,25 +96,54 @@ def test_a_score_is_finite_and_follows_its_channel(kind, dense, windows):
     torch.testing.assert_close(score(moved, down_DF[:, order]), score_LF[0][order])
 
 
+@pytest.fixture(scope="module")
+def calibration(dense, windows):
+    named = dict(zip("abc", windows, strict=True))
+    stats = {name: calibrate(dense, own, gradients=True) for name, own in named.items()}
+    return Calibration(dense, named, stats)
+
+
+@pytest.mark.parametrize("kind", PLANNERS)
+@pytest.mark.parametrize("score", SCORES)
+def test_a_planner_gives_every_expert_its_width_and_shares_no_channel_twice(
+    kind, score, calibration
+):
+    groups = [("a",), ("b", "c")]
+    planner, width = PLANNERS[kind](), {"random-split": 32, "activation-clusters": 24}.get(kind, 16)
+    plan, again = (planner(calibration, groups, SCORES[score](), width, 1, 3) for _ in range(2))
+    assert plan.keep_LEW.shape == (2, 2, width)
+    assert plan.groups == (("a",), ("b", "c"))
+    assert (plan.keep_LEW.diff(dim=-1) > 0).all()
+    assert plan.keep_LEW.min() >= 0
+    assert plan.keep_LEW.max() < plan.channels == 64
+    assert torch.equal(plan.keep_LEW, again.keep_LEW)
+    assert torch.equal(plan.shared_LS, again.shared_LS)
+    for layer, shared_S in zip(plan.keep_LEW, plan.shared_LS, strict=True):
+        assert not set(shared_S.tolist()) & set(layer.flatten().tolist())
+    with pytest.raises(PomonaError):
+        planner(calibration, groups, SCORES[score](), 65, 1, 3)
+
+
 @pytest.mark.parametrize("kind", COMPENSATIONS)
 def test_a_compensation_keeps_the_dense_columns_when_nothing_is_pruned(kind, dense, windows):
-    everything = torch.arange(dense.channels).repeat(len(dense.ffns), 1)
-    for column_DW, down in zip(
-        COMPENSATIONS[kind]()(dense, windows[0], everything), dense.downs, strict=True
-    ):
-        torch.testing.assert_close(column_DW.float(), down.weight.detach(), rtol=1e-6, atol=1e-7)
+    everything = torch.arange(dense.channels).repeat(len(dense.ffns), 1, 1)
+    plan = ExpertPlan(everything, (("a",),), dense.channels, no_channels(len(dense.ffns)))
+    compensation = COMPENSATIONS[kind]()
+    refits = compensation(dense, windows[0], plan, 0)
+    assert len(refits) == len(dense.ffns)
+    for refit, down in zip(refits, dense.downs, strict=True):
+        torch.testing.assert_close(refit.column_DW, down.weight.detach(), rtol=1e-6, atol=1e-7)
+        assert (refit.bias_D is not None) == compensation.biased
+        assert refit.bias_D is None or refit.bias_D.abs().max() == 0
 
 
 @pytest.mark.parametrize("kind", ROUTERS)
-def test_a_router_gives_finite_rows_that_repeat(kind, dense, windows):
-    stats = [calibrate(dense, own) for own in windows[:2]]
-    keep = [top_channels(score_layers(SCORES["wifv"](), own, dense), 16) for own in stats]
-    downs = [
-        COMPENSATIONS["none"]()(dense, own, kept)
-        for own, kept in zip(windows[:2], keep, strict=True)
-    ]
-    arguments = (dense, windows[:2], torch.stack(keep, 1), list(zip(*downs, strict=True)), 3)
-    first, again = (ROUTERS[kind]()(*arguments) for _ in range(2))
+def test_a_router_gives_finite_rows_that_repeat(kind, calibration, windows):
+    dense = calibration.dense
+    plan = TopChannels()(calibration, [("a",), ("b",)], SCORES["wifv"](), 16, 1, 0)
+    refits = [COMPENSATIONS["none"]()(dense, windows[e], plan, e) for e in range(2)]
+    downs = [[refit.column_DW for refit in layer] for layer in zip(*refits, strict=True)]
+    first, again = (ROUTERS[kind]()(dense, windows[:2], plan, downs, 3) for _ in range(2))
     assert len(first) == len(dense.ffns)
     for row_ED, same_ED in zip(first, again, strict=True):
         assert row_ED.shape == (2, dense.downs[0].out_features)

@@ -92,7 +92,7 @@ def test_bad_domains(tmp_path, make):
     if make == "no text":
         write(folder / "a.jsonl", {"txt": "x"})
     with pytest.raises(
-        PomonaError, match=r"is not a folder|holds no|a.txt is empty|a.jsonl:1: the field"
+        PomonaError, match=r"is no folder and no file|holds no|a.txt is empty|a.jsonl:1: the field"
     ):
         read_domains(folder)
 

@@ -1,21 +1,25 @@
 """Laws of reconstruction: what splitting, pruning and assembling must preserve."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import word_text
+from conftest import save_model, word_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as fn
 from transformers import AutoModelForCausalLM
 
+from pomona.errors import PomonaError
 from pomona.reconstruct import ReconstructSettings, reconstruct
 from pomona.reconstruction.calibrate import merge, stats_of
-from pomona.reconstruction.compensate import NoCompensation, Ridge
+from pomona.reconstruction.compensate import Bias, NoCompensation, Ridge
+from pomona.reconstruction.planners import ActivationClusters, RandomSplit, TopChannels
 from pomona.reconstruction.router import Centroids, Fitted, RandomRouter
 
 DOMAINS = {name: [word_text(i * 50 + j, 40) for j in range(20)] for i, name in enumerate("abcd")}
+ADDED = {"compensation": NoCompensation()}  # parts that are summed have nothing to make up for
 SMALL = ReconstructSettings(experts=2, keep=0.5, windows=8, length=32, affinity_windows=4)
 
 
@@ -87,3 +91,71 @@ def test_same_seed_same_bytes(dense_dir, tmp_path):
     first, again, other = made("a", 0), made("b", 0), made("c", 5)
     assert first == again
     assert first["model.safetensors"] != other["model.safetensors"]
+
+
+def logits_of(folder: Path) -> torch.Tensor:
+    tokens = torch.randint(3, 300, (3, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"experts": 1, "active": 1, "keep": 1.0}, None),
+        ({"experts": 1, "active": 1, "keep": 1.0, "compensation": Bias()}, "no home for a bias"),
+        ({"experts": 3, "active": 2, "keep": 1.0}, None),
+        ({"experts": 3, "active": 1, "keep": 0.5, "planner": TopChannels(shared=0.5)}, "shared 0"),
+        ({"experts": 4, "active": 4, "keep": 0.25, "planner": RandomSplit()} | ADDED, None),
+        (
+            {"experts": 2, "active": 2, "keep": 0.25, "planner": ActivationClusters(shared=0.5)}
+            | ADDED,
+            "shared 0",
+        ),
+    ],
+    ids=["pruned", "biased", "mixture", "shared", "split", "clusters"],
+)
+def test_nothing_pruned_reproduces_the_dense_logits_in_every_family(tmp_path, kind, given, says):
+    """Whole experts, a shared half beside the other half, or parts that add up to the whole."""
+    window = {"sliding_window": None} if kind == "Mistral" else {}
+    dense = save_model(tmp_path / "dense", kind, intermediate_size=64, **window)
+    router = {"router": RandomRouter(0.0)}  # equal weights: the parts' outputs are simply added
+    made = replace(SMALL, **({"grouping": "all"} | router | given))
+    refused = says == "shared 0" and kind == "Qwen3"
+    refused |= says == "no home for a bias" and kind != "Llama"
+    if refused:
+        with pytest.raises(PomonaError, match=says):
+            reconstruct(dense, DOMAINS, tmp_path / "out", made)
+        assert not (tmp_path / "out").exists()
+        return
+    reconstruct(dense, DOMAINS, tmp_path / "out", made)
+    ours, theirs = logits_of(tmp_path / "out"), logits_of(dense)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
+
+
+def test_a_pruned_llama_holds_flaps_bias(dense_dir, tmp_path):
+    """The bias makes up for the mean of what is gone: pruned with it, the model is nearer to dense."""
+    pruned = replace(SMALL, experts=1, active=1, keep=0.5)
+    for name, compensation in (("bias", Bias()), ("none", NoCompensation())):
+        reconstruct(dense_dir, DOMAINS, tmp_path / name, replace(pruned, compensation=compensation))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "bias")
+    assert model.config.model_type == "llama"
+    assert model.config.intermediate_size == 32
+    assert model.model.layers[0].mlp.down_proj.bias.abs().min() > 0
+    assert model.model.layers[0].mlp.gate_proj.bias.abs().max() == 0
+    dense = logits_of(dense_dir)
+    error = {n: float((logits_of(tmp_path / n) - dense).square().mean()) for n in ("bias", "none")}
+    assert error["bias"] != error["none"]
+
+
+@pytest.mark.parametrize("source", ["few", "corpus"])
+def test_fewer_domains_than_experts_are_split(dense_dir, tmp_path, source):
+    domains = dict(list(DOMAINS.items())[: 2 if source == "few" else 1])
+    settings = replace(SMALL, experts=4, split_domains=source == "few")
+    made = reconstruct(dense_dir, domains, tmp_path / "out", settings)
+    names = [name for group in made.plan.groups for name in group]
+    assert sorted(names) == (
+        ["a 1", "a 2", "b 1", "b 2"] if source == "few" else ["a 1", "a 2", "a 3", "a 4"]
+    )
+    assert logits_of(tmp_path / "out").isfinite().all()

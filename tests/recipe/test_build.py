@@ -254,7 +254,7 @@ def test_every_kind_of_a_reconstruction_survives_dump_and_build(tmp_path):
 
 def test_every_registry_member_can_be_built_by_name_alone(tmp_path):
     names = [(p, name) for p, registry in REGISTRIES.items() for name in registry]
-    assert len(REGISTRIES) == 7
+    assert len(REGISTRIES) == 8
     for protocol, name in names:
         built = build(REGISTRIES[protocol][name], {}, tmp_path, "here")
         assert built == REGISTRIES[protocol][name]()

@@ -1,6 +1,7 @@
 """The rooms of reconstruction, each against a plain computation."""
 
 import json
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,13 +13,21 @@ from pomona.evaluation.loss import perplexity, text_loss
 from pomona.models.dense import LLAMA
 from pomona.models.experts import freeze
 from pomona.progress import silent
-from pomona.reconstruction.affinity import DomainAffinity, perplexity_affinity, score_affinity
-from pomona.reconstruction.calibrate import calibrate, stats_of
-from pomona.reconstruction.cluster import cluster
-from pomona.reconstruction.compensate import NoCompensation, Ridge, second_moments
+from pomona.reconstruction.affinity import (
+    DomainAffinity,
+    perplexity_affinity,
+    rank_agreement,
+    score_affinity,
+)
+from pomona.reconstruction.balance import balanced_clusters
+from pomona.reconstruction.calibrate import calibrate, saliency, stats_of
+from pomona.reconstruction.cluster import Linkage, cluster, random_groups, refine
+from pomona.reconstruction.compensate import Bias, NoCompensation, Ridge, normal_equations
 from pomona.reconstruction.ffn import dense_model, keep_mask, observe, pruned, top_channels
-from pomona.reconstruction.plan import ExpertPlan, plan_experts
-from pomona.reconstruction.router import ROUTERS, Fitted, expert_errors
+from pomona.reconstruction.plan import ExpertPlan
+from pomona.reconstruction.planners import Calibration, TopChannels
+from pomona.reconstruction.planners.top_channels import common_channels
+from pomona.reconstruction.router import Fitted, expert_errors
 from pomona.reconstruction.scores import SCORES, WIFV, score_layers
 
 
@@ -56,7 +65,7 @@ def test_scores_are_the_published_formulas():
         "wanda": (down**2).sum(0).sqrt() * (h**2).mean(0).sqrt(),
         "magnitude": (down**2).sum(0).sqrt(),
     }
-    assert expected.keys() == SCORES.keys()
+    assert expected.keys() | {"taylor", "random"} == SCORES.keys()
     for name, value in expected.items():
         torch.testing.assert_close(SCORES[name]()(stats_of(h), down), value)
 
@@ -78,7 +87,9 @@ def test_masks_prune_like_zeroed_columns_and_come_off(dense):
 def test_perplexity_affinity_normalises_columns_and_correlates_rows(dense):
     tokens = {name: windows(i) for i, name in enumerate("abc")}
     scores = [score_layers(WIFV(), calibrate(dense, t), dense) for t in tokens.values()]
-    found = perplexity_affinity(dense, list(tokens), scores, list(tokens.values()), 8, silent)
+    found = perplexity_affinity(
+        dense, list(tokens), scores, list(tokens.values()), 8, "rows", silent
+    )
     p = found.perplexity_MM.numpy()
     with pruned(dense, keep_mask(top_channels(scores[2], 8), 64)):
         assert p[2, 1] == pytest.approx(perplexity(text_loss(dense.model, tokens["b"])))
@@ -105,13 +116,73 @@ def test_clusters_follow_the_correlation_and_are_exactly_as_many_as_experts():
         groups = cluster(same, experts, "average").groups
         assert len(groups) == experts
         assert sorted(d for group in groups for d in group) == list("abcde")
-    with pytest.raises(PomonaError, match=r"5 domains .* cannot make 6 experts"):
-        cluster(affinity, 6, "average")
+    for linkage in get_args(Linkage):
+        assert cluster(affinity, 3, linkage).groups == (("a", "d"), ("b", "e"), ("c",))
+
+
+def test_random_groups_deal_every_domain_once():
+    groups = random_groups("abcdefgh", 3, seed=1)
+    assert sorted(map(len, groups)) == [2, 3, 3]
+    assert sorted(d for group in groups for d in group) == list("abcdefgh")
+    assert groups == random_groups("abcdefgh", 3, seed=1) != random_groups("abcdefgh", 3, seed=2)
+
+
+def test_balanced_clusters_find_the_groups_that_are_there():
+    generator = np.random.default_rng(0)
+    centres = np.array([[0.0, 0.0], [9.0, 0.0], [0.0, 9.0]])
+    truth = np.repeat([0, 1, 2], 7)
+    points = centres[truth] + generator.normal(size=(21, 2))
+    order = generator.permutation(21)
+    label = balanced_clusters(points[order], 3, 7)
+    assert np.bincount(label).tolist() == [7, 7, 7]
+    assert all(len(set(label[truth[order] == group])) == 1 for group in range(3))
+    with pytest.raises(PomonaError, match="21 points are not 4 clusters of 5"):
+        balanced_clusters(points, 4, 5)
+
+
+def test_few_domains_are_split_by_what_their_windows_look_like():
+    """Windows of two kinds in one corpus: each part holds one kind; a small domain stays whole."""
+    kinds = torch.tensor([0, 1, 1, 0, 1, 0, 0, 1])
+    corpus = kinds.unsqueeze(1).expand(8, 5) * 10
+    split = refine({"corpus": corpus, "small": torch.ones(2, 5)}, lambda own: own.float(), 3)
+    assert list(split) == ["corpus 1", "corpus 2", "small"]
+    assert {len(set(part.flatten().tolist())) for part in split.values()} == {1}
+    assert sum(map(len, split.values())) == 10
+    with pytest.raises(PomonaError, match='domain "small" has 2 windows'):
+        refine({"small": torch.ones(2, 5)}, lambda own: own.float(), 3)
+
+
+def test_agreement_is_spearmans():
+    a = torch.tensor([[1.0, 0.9, 0.1], [0.9, 1.0, 0.5], [0.1, 0.5, 1.0]])
+    assert rank_agreement(a, a.square()) == pytest.approx(1)
+    assert rank_agreement(a, -a) == pytest.approx(-1)
+    assert rank_agreement(a, torch.ones(3, 3)) is None
+    assert rank_agreement(a[:2, :2], a[:2, :2]) is None
+
+
+def test_saliency_is_what_autograd_says(dense):
+    """One window: Σ_t |h · ∂(Σ nats)/∂h| with the last layer's activations as leaves."""
+    tokens = windows(6)[:1]
+    found = {}
+
+    def replace(_module, args):
+        found["h"] = args[0].detach().requires_grad_()
+        return (found["h"],)
+
+    handle = dense.downs[-1].register_forward_pre_hook(replace)
+    logits = dense.model(input_ids=tokens, use_cache=False).logits[0, :-1]
+    handle.remove()
+    torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum").backward()
+    expected = (found["h"] * found["h"].grad).abs()[0].sum(0).double()
+    torch.testing.assert_close(saliency(dense, tokens)[-1], expected.detach(), rtol=1e-4, atol=1e-7)
+    assert all(parameter.grad is None for parameter in dense.model.parameters())
 
 
 def test_plan_keeps_the_best_channels_of_the_pooled_group(dense):
-    stats = {name: calibrate(dense, windows(i)) for i, name in enumerate("abc")}
-    plan = plan_experts(dense, stats, [("a", "c"), ("b",)], WIFV(), 16)
+    given = {name: windows(i) for i, name in enumerate("abc")}
+    stats = {name: calibrate(dense, own) for name, own in given.items()}
+    calibration = Calibration(dense, given, stats)
+    plan = TopChannels()(calibration, [("a", "c"), ("b",)], WIFV(), 16, 1, 0)
     assert plan.keep_LEW.shape == (2, 2, 16)
     assert (plan.keep_LEW.diff(dim=-1) > 0).all()
     again = ExpertPlan.from_json(json.loads(json.dumps(plan.to_json())))
@@ -121,29 +192,63 @@ def test_plan_keeps_the_best_channels_of_the_pooled_group(dense):
     assert set(plan.keep_LEW[1, 0].tolist()) == set(together[1].topk(16).indices.tolist())
 
 
-def test_ridge_is_the_least_squares_solution_and_beats_doing_nothing(dense):
+def test_shared_channels_are_those_that_most_experts_would_keep():
+    score = torch.tensor([[[9.0, 8, 7, 1, 2, 3]], [[9.0, 1, 8, 7, 2, 3]]])
+    assert common_channels(score, 1, 2).tolist() == [[0]]
+    assert common_channels(score, 2, 1).tolist() == [[0, 2]]
+
+
+def plan_of(dense, keep, shared=()):
+    """A plan with the same channels in every layer; one list of kept channels per expert."""
+    layers = len(dense.ffns)
+    return ExpertPlan(
+        torch.tensor([keep] * layers),
+        tuple((str(e),) for e in range(len(keep))),
+        dense.channels,
+        torch.tensor([list(shared)] * layers, dtype=torch.int64),
+    )
+
+
+@pytest.mark.parametrize("shared", [(), (40, 41, 42)])
+def test_ridge_is_the_least_squares_solution_and_beats_doing_nothing(dense, shared):
     tokens = windows(3, 30)
-    keep = torch.stack([torch.arange(20)] * 2)
+    plan = plan_of(dense, [list(range(20))], shared)
     _, h, y = seen(dense, tokens)[1]
     h, y = h.double(), y.double()
-    refit = Ridge(1e-9)(dense, tokens, keep)[1]
+    if shared:
+        down = dense.downs[1].weight.detach().double()
+        y = y - h[:, list(shared)] @ down[:, list(shared)].T
+    refit = Ridge(1e-9)(dense, tokens, plan, 0)[1].column_DW
     solution = torch.linalg.lstsq(h[:, :20], y).solution.T
-    torch.testing.assert_close(refit, solution, rtol=1e-2, atol=1e-4)
+    torch.testing.assert_close(refit.double(), solution, rtol=1e-2, atol=1e-4)
 
-    def error(down):
-        return float((h[:, :20] @ down.T - y).square().sum())
+    def error(compensation):
+        column = compensation(dense, tokens, plan, 0)[1].column_DW.double()
+        return float((h[:, :20] @ column.T - y).square().sum())
 
-    assert error(Ridge()(dense, tokens, keep)[1]) < error(NoCompensation()(dense, tokens, keep)[1])
+    assert error(Ridge()) < error(NoCompensation())
 
 
-def test_second_moments_are_sums_of_outer_products(dense):
+def test_bias_is_the_mean_output_of_what_is_gone(dense):
+    tokens = windows(3, 30)
+    plan = plan_of(dense, [list(range(20))])
+    _, h, _ = seen(dense, tokens)[0]
+    expected = (h[:, 20:] @ dense.downs[0].weight.detach()[:, 20:].T).mean(0)
+    bias = Bias()(dense, tokens, plan, 0)[0].bias_D
+    torch.testing.assert_close(bias.float(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_normal_equations_are_sums_of_outer_products(dense):
     tokens = windows(4, 20)
     _, h, _ = seen(dense, tokens)[0]
-    expected = h.double().T @ h.double()
-    scale = float(expected.abs().max())
-    torch.testing.assert_close(
-        second_moments(dense, tokens)[0] / scale, expected / scale, rtol=0, atol=1e-6
-    )
+    h = h.double()
+    gram, target = normal_equations(dense, tokens, plan_of(dense, [list(range(20))], [30]), 0)[0]
+    kept = h[:, :20]
+    gone = [f for f in range(dense.channels) if f >= 20 and f != 30]
+    pruned = h[:, gone] @ dense.downs[0].weight.detach().double()[:, gone].T
+    for found, expected in ((gram, kept.T @ kept), (target, pruned.T @ kept)):
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=1e-6)
 
 
 def test_expert_errors_against_the_experts_written_out(dense):
@@ -166,12 +271,3 @@ def test_fitted_router_learns_a_separable_choice():
     best = (x @ truth.T).argmax(1)
     rows = Fitted().fit(x, best, 3)
     assert ((x @ rows.T).argmax(1) == best).float().mean() > 0.97
-
-
-@pytest.mark.parametrize("kind", ROUTERS)
-def test_every_router_gives_finite_rows_of_the_right_shape(dense, kind):
-    keep = torch.stack([torch.stack([torch.arange(16), torch.arange(16, 32)])] * 2)
-    downs = [[d.weight.detach()[:, k] for k in keep[i]] for i, d in enumerate(dense.downs)]
-    rows = ROUTERS[kind]()(dense, [windows(0), windows(1)], keep, downs, 0)
-    assert [tuple(r.shape) for r in rows] == [(2, 32), (2, 32)]
-    assert all(r.isfinite().all() and not torch.equal(r[0], r[1]) for r in rows)

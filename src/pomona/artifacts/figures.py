@@ -2,17 +2,21 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import matplotlib as mpl
+import numpy as np
 from cycler import cycler
 
 mpl.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.cluster.hierarchy import dendrogram
 
 from pomona.artifacts.table import FinishedRun, Line
+from pomona.reconstruction.affinity import DomainAffinity
+from pomona.reconstruction.cluster import Clusters
 
 # The same run gives the same page: no dates, no random element ids. Text stays text, in the page's font.
 mpl.rcParams.update(
@@ -74,6 +78,31 @@ def heat_map(
     axes.set_xticks(range(len(columns)), columns, rotation=30 if len(columns) > 10 else 0)
     axes.set_yticks(range(len(rows)), rows)
     figure.colorbar(image, ax=axes, label=label)
+    return _svg(figure)
+
+
+def affinity_map(affinity: DomainAffinity, clusters: Clusters) -> str:
+    """The domains' correlations as a heat map, in the order of the tree drawn beside it."""
+    size = 1.6 + 0.34 * len(affinity.domains)
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(size + 3, size), layout="constrained", width_ratios=[1, 3]
+    )
+    drawn = dendrogram(
+        np.array(clusters.tree),
+        ax=left,
+        orientation="left",
+        color_threshold=0,
+        above_threshold_color="#4a5568",
+    )
+    left.invert_yaxis()  # the first leaf on top, as the first row of the map
+    left.set_axis_off()
+    order = cast(list[int], drawn["leaves"])
+    names = [affinity.domains[i] for i in order]
+    matrix_MM = affinity.correlation_MM[order][:, order].numpy()
+    image = right.imshow(matrix_MM, aspect="auto", cmap="viridis")
+    right.set_xticks(range(len(names)), names, rotation=60)
+    right.set_yticks(range(len(names)), names)
+    figure.colorbar(image, ax=right, label="correlation")
     return _svg(figure)
 
 

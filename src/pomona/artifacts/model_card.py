@@ -1,35 +1,42 @@
 """Model cards of what Pomona writes."""
 
-from typing import Any
+from pomona.reconstruction.result import Reconstruction
+from pomona.reconstruction.settings import ReconstructSettings
 
 
-def mixture_card(model: str, made: Any, settings: Any) -> str:
+def mixture_card(model: str, made: Reconstruction, settings: ReconstructSettings) -> str:
     """Return the README.md of a reconstructed checkpoint."""
     layers, experts, width = made.plan.keep_LEW.shape
+    what = f"A mixture of {experts} experts from {model}"
+    tags = "mixture-of-experts, pomona"
+    if experts == 1:
+        what, tags = f"{model}, pruned", "pruned, pomona"
+    shared = f", {made.sizes.shared} more shared by all" if made.sizes.shared else ""
     groups = "\n".join(f"| {e} | {', '.join(g)} |" for e, g in enumerate(made.plan.groups))
     return f"""---
 base_model: {model}
 library_name: transformers
 pipeline_tag: text-generation
-tags: [mixture-of-experts, pomona]
+tags: [{tags}]
 ---
-# A mixture of {experts} experts from {model}
+# {what}
 
 Made by pruning the feed-forward layers of the dense base model once per group of domains and
-assembling what is left as experts with a router (method: DIVE, arXiv 2506.09351). A stock Mixtral
-checkpoint: `AutoModelForCausalLM.from_pretrained` opens it. The experts have not been retrained.
-The base model's licence and limits apply.
+assembling what is left as experts with a router (method: DIVE, arXiv 2506.09351). A stock checkpoint
+({made.container}): `AutoModelForCausalLM.from_pretrained` opens it. The experts have not been
+retrained. The base model's licence and limits apply.
 
-- {layers} layers, {experts} experts of width {width} (dense: {made.plan.channels}),
-  {settings.active} active per token
+- {layers} layers, {experts} experts of width {width} (dense: {made.plan.channels}){shared},
+  {made.sizes.active} active per token
 - {made.total_parameters:,} parameters, {made.active_parameters:,} active (dense: {made.dense_parameters:,})
 - calibrated on {settings.windows} windows of {settings.length} tokens per domain, seed {settings.seed}
-- score {settings.score!r}, compensation {settings.compensation!r}, router {settings.router!r}
+- score {settings.score!r}, planner {settings.planner!r},
+  compensation {settings.compensation!r}, router {settings.router!r}
 
 | expert | domains it was pruned for |
 |---|---|
 {groups}
 
-`reconstruction/` holds the kept channels (plan.json), the affinity of the domains (affinity.json) and
-their clusters (clusters.json).
+`reconstruction/` holds the settings, the kept channels (plan.json) and, where domains were grouped by
+affinity, that (affinity.json, affinity.svg) and their clusters (clusters.json).
 """

@@ -10,7 +10,11 @@ Model = Annotated[
 ]
 Domains = Annotated[
     str | None,
-    typer.Option("--domains", help="Folder or glob, one .jsonl or .txt per domain.", metavar="DIR"),
+    typer.Option(
+        "--domains",
+        help="Folder or glob, one .jsonl or .txt per domain; or one file.",
+        metavar="DIR",
+    ),
 ]
 Out = Annotated[Path, typer.Option("--out", metavar="OUT", help="New folder for the checkpoint.")]
 Experts = Annotated[
@@ -26,6 +30,14 @@ Recipe = Annotated[
     Path | None,
     typer.Option("--recipe", help="TOML recipe that says this and more.", metavar="FILE"),
 ]
+Split = Annotated[
+    bool | None,
+    typer.Option(
+        "--split-domains",
+        help="Split domains where there are fewer than experts.",
+        show_default=False,
+    ),
+]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of windows and fits.")]
 
 
@@ -36,6 +48,7 @@ def reconstruct(
     experts: Experts = None,
     active: Active = None,
     keep: Keep = None,
+    split_domains: Split = None,
     seed: Seed = None,
     recipe: Recipe = None,
 ) -> None:
@@ -50,7 +63,9 @@ def reconstruct(
     from pomona.reconstruct import reconstruct as run_reconstruct
 
     given = {"model": model, "domains": domains, "experts": experts, "active": active}
-    source = read_reconstruct_recipe(recipe, {**given, "keep": keep, "seed": seed})
+    source = read_reconstruct_recipe(
+        recipe, {**given, "keep": keep, "split_domains": split_domains, "seed": seed}
+    )
     with progress_bars() as progress:
         made = run_reconstruct(source.model, source.load_domains(), out, source.settings, progress)
     console.print(str(made))

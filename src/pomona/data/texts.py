@@ -19,7 +19,7 @@ _HELD_OUT = (".valid.", ".test.")
 def read_domains(
     source: Path | str, split: Literal["train", "valid"] = "train"
 ) -> dict[str, list[str]]:
-    """Read one domain per .jsonl or .txt file of a folder, or of the files a glob matches.
+    """Read one domain per .jsonl or .txt file of a folder, or of the files a glob matches, or one file.
 
     A domain is named by its file up to the first dot. Files called NAME.valid.* or NAME.test.* are
     held out: "train" passes over them, "valid" reads only them. Sorted by name. Raises
@@ -29,7 +29,7 @@ def read_domains(
     held_out = split == "valid"
     domains: dict[str, list[str]] = {}
     for path in paths:
-        if _is_held_out(path) != held_out:
+        if _is_held_out(path) != held_out and len(paths) > 1:
             continue
         name = path.name.partition(".")[0]
         if name in domains:
@@ -123,8 +123,12 @@ def _domain_files(source: Path | str) -> list[Path]:
     text = str(source)
     if has_magic(text) and not Path(text).is_dir():
         paths = [Path(match) for match in glob(text)]  # noqa: PTH207 - absolute patterns
+    elif Path(text).is_file():
+        return [Path(text)]
     elif Path(text).is_dir():
         paths = list(Path(text).iterdir())
     else:
-        raise PomonaError(f"{text} is not a folder; it should hold one .jsonl or .txt per domain")
+        raise PomonaError(
+            f"{text} is no folder and no file; it should hold one .jsonl or .txt per domain"
+        )
     return sorted(path for path in paths if path.suffix in (".jsonl", ".txt"))

@@ -10,6 +10,7 @@ from pomona.federation.partition import PARTITIONS, Partition
 from pomona.federation.selection import SELECTIONS, Selection
 from pomona.federation.strategies import STRATEGIES, Strategy
 from pomona.reconstruction.compensate import COMPENSATIONS, Compensation
+from pomona.reconstruction.planners import PLANNERS, Planner
 from pomona.reconstruction.router import ROUTERS, Router
 from pomona.reconstruction.scores import SCORES, Score
 
@@ -19,6 +20,7 @@ REGISTRIES: dict[Any, dict[str, Any]] = {
     Selection: SELECTIONS,
     Strategy: STRATEGIES,
     Score: SCORES,
+    Planner: PLANNERS,
     Compensation: COMPENSATIONS,
     Router: ROUTERS,
 }

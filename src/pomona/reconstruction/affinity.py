@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
+from scipy.stats import spearmanr
 from torch import Tensor
 
 from pomona.evaluation.loss import perplexity, text_loss
@@ -17,6 +18,7 @@ from pomona.reconstruction.ffn import DenseModel, keep_mask, pruned, top_channel
 from pomona.shapes import Affinity, PerLayerChannel, Tokens
 
 AffinityKind = Literal["perplexity", "scores"]
+Correlate = Literal["rows", "columns"]
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,14 @@ class DomainAffinity:
     """What was measured for every domain (a row each) and the correlation of those rows.
 
     For "perplexity" the rows are p[i, j]: pruned for domain i, measured on domain j. For "scores"
-    there is no matrix of that kind and `perplexity_MM` is None.
+    there is no matrix of that kind and `perplexity_MM` is None. `agreement` is the rank correlation
+    of both kinds over all pairs of domains, where both are known.
     """
 
     domains: tuple[str, ...]
     correlation_MM: Tensor
     perplexity_MM: Tensor | None = None
+    agreement: float | None = None
 
 
 def perplexity_affinity(
@@ -38,9 +42,14 @@ def perplexity_affinity(
     scores: Sequence[PerLayerChannel],
     windows: Sequence[Tokens],
     width: int,
+    correlate: Correlate,
     progress: Progress,
 ) -> DomainAffinity:
-    """Prune for every domain and measure on every domain: M² evaluations, no copy of the weights."""
+    """Prune for every domain and measure on every domain: M² evaluations, no copy of the weights.
+
+    "rows" compares what two domains' pruned models do to all domains, "columns" what all pruned
+    models do to two domains; DIVE does not say which.
+    """
     perplexity_MM = torch.zeros(len(domains), len(domains), dtype=torch.float64)
     for i, score_LF in enumerate(scores):
         with pruned(dense, keep_mask(top_channels(score_LF, width), dense.channels)):
@@ -49,7 +58,20 @@ def perplexity_affinity(
                 perplexity_MM[i, j] = perplexity(text_loss(dense.model, windows_BT))
     progress("affinity", len(domains) ** 2, len(domains) ** 2)
     relative_MM = perplexity_MM.min(dim=0).values / perplexity_MM
-    return DomainAffinity(tuple(domains), correlate_rows(relative_MM), perplexity_MM)
+    correlation_MM = correlate_rows(relative_MM if correlate == "rows" else relative_MM.T)
+    agreement = rank_agreement(correlation_MM, score_affinity(domains, scores).correlation_MM)
+    return DomainAffinity(tuple(domains), correlation_MM, perplexity_MM, agreement)
+
+
+def rank_agreement(a_MM: Affinity, b_MM: Affinity) -> float | None:
+    """Return Spearman's rank correlation over all pairs; None below three domains or without variance."""
+    if len(a_MM) < 3:
+        return None
+    row, column = torch.triu_indices(len(a_MM), len(a_MM), offset=1)
+    pairs = a_MM[row, column].numpy(), b_MM[row, column].numpy()
+    if any(float(values.std()) == 0 for values in pairs):
+        return None
+    return float(spearmanr(*pairs).statistic)
 
 
 def score_affinity(domains: Sequence[str], scores: Sequence[PerLayerChannel]) -> DomainAffinity:

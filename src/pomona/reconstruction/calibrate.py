@@ -5,25 +5,31 @@ LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Varian
 no activation outlives its batch.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pomona.errors import PomonaError
+from pomona.models.attachment import Attachment
 from pomona.reconstruction.ffn import DenseModel, observe
 from pomona.shapes import PerChannel, Tokens
 
 
 @dataclass(frozen=True)
 class ChannelStats:
-    """Over `count` tokens, per channel: the mean [F] and the summed squared deviation [F]."""
+    """Over `count` tokens, per channel: the mean [F] and the summed squared deviation [F].
+
+    `saliency_F` is Σ |h · ∂loss/∂h|, the first-order change of the loss, where gradients were asked
+    for.
+    """
 
     count: int
     mean_F: Tensor
     deviation_F: Tensor
+    saliency_F: Tensor | None = None
 
     @property
     def variance_F(self) -> PerChannel:
@@ -51,6 +57,7 @@ def merge(a: ChannelStats, b: ChannelStats) -> ChannelStats:
         count,
         a.mean_F + step_F * (b.count / count),
         a.deviation_F + b.deviation_F + step_F.square() * (a.count * b.count / count),
+        None if a.saliency_F is None or b.saliency_F is None else a.saliency_F + b.saliency_F,
     )
 
 
@@ -59,8 +66,10 @@ def pool(stats: Sequence[ChannelStats]) -> ChannelStats:
     return reduce(merge, stats)
 
 
-def calibrate(dense: DenseModel, windows_BT: Tokens) -> list[ChannelStats]:
+def calibrate(dense: DenseModel, windows_BT: Tokens, gradients: bool = False) -> list[ChannelStats]:
     """Return every layer's channel statistics on one domain's windows.
+
+    With `gradients` the saliency of every channel too, at the price of a backward pass.
 
     Raises `PomonaError` naming the first layer whose activations are not finite: nothing that
     follows could tell its channels apart.
@@ -79,4 +88,46 @@ def calibrate(dense: DenseModel, windows_BT: Tokens) -> list[ChannelStats]:
                 f"layer {layer} of the dense model gives FFN activations that are not finite; its "
                 "checkpoint is damaged, copy or download it again"
             )
-    return [layers[layer] for layer in range(len(dense.ffns))]
+    found = [layers[layer] for layer in range(len(dense.ffns))]
+    if not gradients:
+        return found
+    return [
+        replace(own, saliency_F=saliency_F)
+        for own, saliency_F in zip(found, saliency(dense, windows_BT), strict=True)
+    ]
+
+
+def saliency(dense: DenseModel, windows_BT: Tokens, batch: int = 8) -> list[Tensor]:
+    """Return Σ_tokens |h · ∂loss/∂h| of every layer's channels, [F] each, in float64.
+
+    The loss is the summed cross-entropy of the next token. The weights stay frozen: the gradient
+    enters at the embeddings.
+    """
+    sums = [torch.zeros(dense.channels, dtype=torch.float64) for _ in dense.ffns]
+
+    def watch(layer: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            activation = args[0]
+
+            def add(gradient: Tensor) -> None:
+                change_NF = (activation.detach() * gradient).flatten(0, 1).abs()
+                sums[layer] += change_NF.double().sum(0).cpu()
+
+            activation.register_hook(add)
+
+        return hook
+
+    handles = [
+        dense.model.get_input_embeddings().register_forward_hook(_needs_gradient),
+        *(down.register_forward_pre_hook(watch(i)) for i, down in enumerate(dense.downs)),
+    ]
+    with Attachment(tuple(handles)), torch.enable_grad():
+        for input_ids_BT in windows_BT.split(batch):
+            dense.model(input_ids=input_ids_BT, labels=input_ids_BT, use_cache=False).loss.mul(
+                input_ids_BT[:, 1:].numel()
+            ).backward()
+    return sums
+
+
+def _needs_gradient(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output.detach().requires_grad_()

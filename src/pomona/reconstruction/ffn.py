@@ -70,6 +70,16 @@ def observe(dense: DenseModel, windows_BT: Tokens, see: Observe, batch: int = 16
             dense.model.base_model(input_ids=input_ids_BT, use_cache=False)
 
 
+@torch.no_grad()
+def mean_hidden(dense: DenseModel, windows_BT: Tokens, batch: int = 16) -> Tensor:
+    """Return every window's last hidden states, averaged over its tokens, [B, D] in float32."""
+    means = [
+        dense.model.base_model(input_ids=own, use_cache=False).last_hidden_state.float().mean(1)
+        for own in windows_BT.split(batch)
+    ]
+    return torch.cat(means)
+
+
 def pruned(dense: DenseModel, keep_LF: PerLayerChannel | Tensor) -> Attachment:
     """Attach masks at the inputs of `down_proj`: a pruned model without a copy of any weight.
 

@@ -1,24 +1,33 @@
 """Which channels go to which expert."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from pomona.reconstruction.calibrate import ChannelStats, pool
-from pomona.reconstruction.ffn import DenseModel, top_channels
-from pomona.reconstruction.scores import Score, score_layers
-
 
 @dataclass(frozen=True)
 class ExpertPlan:
-    """The kept channels of every layer and expert, [L, E, W] ascending, and each expert's domains."""
+    """The kept channels of every layer and expert, [L, E, W] ascending, and each expert's domains.
+
+    `shared_LS` are channels hoisted into one expert that serves every token, [L, S], S may be 0; no
+    expert keeps them too. `gain` multiplies every expert's output: experts that divide the channels
+    among themselves add up, and their routing weights sum to one.
+    """
 
     keep_LEW: Tensor = field(repr=False)
     groups: tuple[tuple[str, ...], ...]
     channels: int
+    shared_LS: Tensor = field(repr=False)
+    gain: float = 1.0
+
+    def gone_mask(self, expert: int) -> Tensor:
+        """Return what neither an expert nor the shared one keeps, [L, F] booleans."""
+        gone_LF = torch.ones(len(self.keep_LEW), self.channels, dtype=torch.bool)
+        gone_LF.scatter_(1, self.keep_LEW[:, expert], value=False)
+        return gone_LF.scatter_(1, self.shared_LS, value=False)
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON one can read: the channels of every layer and expert."""
@@ -28,29 +37,24 @@ class ExpertPlan:
             "experts": experts,
             "width": width,
             "dense_width": self.channels,
+            "gain": self.gain,
             "domains": [list(group) for group in self.groups],
+            "shared_channels": self.shared_LS.tolist(),
             "channels": self.keep_LEW.tolist(),
         }
 
     @classmethod
     def from_json(cls, plan: Mapping[str, Any]) -> Self:
         """Return the plan that `to_json` described."""
-        groups = tuple(tuple(group) for group in plan["domains"])
-        return cls(torch.tensor(plan["channels"]), groups, int(plan["dense_width"]))
+        return cls(
+            torch.tensor(plan["channels"]),
+            tuple(tuple(group) for group in plan["domains"]),
+            int(plan["dense_width"]),
+            torch.tensor(plan["shared_channels"], dtype=torch.int64),
+            float(plan["gain"]),
+        )
 
 
-def plan_experts(
-    dense: DenseModel,
-    stats: Mapping[str, Sequence[ChannelStats]],
-    groups: Sequence[Sequence[str]],
-    score: Score,
-    width: int,
-) -> ExpertPlan:
-    """Pool every group's statistics, score anew, keep the best `width` channels of every layer."""
-    kept: list[Tensor] = []
-    for group in groups:
-        layers = zip(*(stats[domain] for domain in group), strict=True)
-        pooled = [pool(layer) for layer in layers]
-        kept.append(top_channels(score_layers(score, pooled, dense), width))
-    keep_LEW = torch.stack(kept, dim=1)
-    return ExpertPlan(keep_LEW, tuple(map(tuple, groups)), dense.channels)
+def no_channels(layers: int) -> Tensor:
+    """Return the shared channels of a plan without a shared expert, [L, 0]."""
+    return torch.zeros(layers, 0, dtype=torch.int64)

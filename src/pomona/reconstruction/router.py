@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as fn
 
 from pomona.reconstruction.ffn import DenseModel, observe
+from pomona.reconstruction.plan import ExpertPlan
 from pomona.seeds import torch_generator
 from pomona.shapes import Tokens
 
@@ -21,11 +22,11 @@ class Router(Protocol):
         self,
         dense: DenseModel,
         windows: Sequence[Tensor],
-        keep_LEW: Tensor,
+        plan: ExpertPlan,
         downs: Sequence[Sequence[Tensor]],
         seed: int,
     ) -> list[Tensor]:
-        """Return each layer's rows [E, D]; `windows` and `downs` ([D, W] per layer) are per expert."""
+        """Return each layer's rows [E, D]; `windows` are per expert, `downs[l][e]` [D, W]."""
         ...
 
 
@@ -39,13 +40,13 @@ class RandomRouter:
         self,
         dense: DenseModel,
         windows: Sequence[Tensor],
-        keep_LEW: Tensor,
+        plan: ExpertPlan,
         downs: Sequence[Sequence[Tensor]],
         seed: int,
     ) -> list[Tensor]:
         """Return random rows, a function of `seed`."""
         generator = torch_generator(seed, "router")
-        shape = keep_LEW.shape[1], dense.downs[0].out_features
+        shape = plan.keep_LEW.shape[1], dense.downs[0].out_features
         return [torch.randn(shape, generator=generator) * self.deviation for _ in dense.ffns]
 
 
@@ -62,7 +63,7 @@ class Centroids:
         self,
         dense: DenseModel,
         windows: Sequence[Tensor],
-        keep_LEW: Tensor,
+        plan: ExpertPlan,
         downs: Sequence[Sequence[Tensor]],
         seed: int,
     ) -> list[Tensor]:
@@ -91,7 +92,7 @@ class Fitted:
         self,
         dense: DenseModel,
         windows: Sequence[Tensor],
-        keep_LEW: Tensor,
+        plan: ExpertPlan,
         downs: Sequence[Sequence[Tensor]],
         seed: int,
     ) -> list[Tensor]:
@@ -101,12 +102,16 @@ class Fitted:
 
         def see(layer: int, x_ND: Tensor, activation_NF: Tensor, y_ND: Tensor) -> None:
             inputs[layer].append(x_ND.float())
-            error_NE = expert_errors(activation_NF, y_ND, keep_LEW[layer], downs[layer])
+            shared_S = plan.shared_LS[layer]
+            shared_ND = activation_NF[:, shared_S] @ dense.downs[layer].weight[:, shared_S].T
+            error_NE = expert_errors(
+                activation_NF, y_ND - shared_ND, plan.keep_LEW[layer], downs[layer], plan.gain
+            )
             best[layer].append(error_NE.argmin(1))
 
         for windows_BT in windows:
             observe(dense, windows_BT[: max(1, self.tokens // windows_BT.shape[1])], see)
-        experts = keep_LEW.shape[1]
+        experts = plan.keep_LEW.shape[1]
         return [
             self.fit(torch.cat(x), torch.cat(e), experts) for x, e in zip(inputs, best, strict=True)
         ]
@@ -128,7 +133,7 @@ class Fitted:
         return row_ED.detach()
 
 
-ROUTERS: dict[str, type[Fitted] | type[Centroids] | type[RandomRouter]] = {
+ROUTERS: dict[str, type[Router]] = {
     "fitted": Fitted,
     "centroids": Centroids,
     "random": RandomRouter,
@@ -136,14 +141,18 @@ ROUTERS: dict[str, type[Fitted] | type[Centroids] | type[RandomRouter]] = {
 
 
 def expert_errors(
-    activation_NF: Tensor, y_ND: Tensor, keep_EW: Tensor, down_of: Sequence[Tensor]
+    activation_NF: Tensor,
+    y_ND: Tensor,
+    keep_EW: Tensor,
+    down_of: Sequence[Tensor],
+    gain: float = 1.0,
 ) -> Tensor:
-    """Return ‖E_e(x) − FFN(x)‖² of every token and expert, [N, E].
+    """Return ‖gain · E_e(x) − y‖² of every token and expert, [N, E].
 
     An expert's activation is the dense one at its kept channels.
     """
     errors = [
-        (activation_NF[:, keep_W] @ down_DW.to(activation_NF.dtype).T - y_ND)
+        (gain * (activation_NF[:, keep_W] @ down_DW.to(activation_NF.dtype).T) - y_ND)
         .float()
         .square()
         .sum(1)

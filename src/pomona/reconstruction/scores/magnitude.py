@@ -10,6 +10,11 @@ from pomona.shapes import DownProj, PerChannel
 class Magnitude:
     """Scores channel f by ||down[:, f]||."""
 
+    @property
+    def gradients(self) -> bool:
+        """No backward pass is needed."""
+        return False
+
     def __call__(self, stats: ChannelStats, down_DF: DownProj) -> PerChannel:
         """Return one importance per channel [F]; only the order within a layer is used."""
         return down_DF.norm(dim=0)

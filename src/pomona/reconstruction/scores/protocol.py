@@ -14,6 +14,11 @@ from pomona.shapes import DownProj, PerChannel, PerLayerChannel
 class Score(Protocol):
     """Gives every FFN channel of a layer an importance."""
 
+    @property
+    def gradients(self) -> bool:
+        """Whether calibration has to gather `ChannelStats.saliency_F` for it."""
+        ...
+
     def __call__(self, stats: ChannelStats, down_DF: DownProj) -> PerChannel:
         """Return one importance per channel [F]; only the order within a layer is used."""
         ...

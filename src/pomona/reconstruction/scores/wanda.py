@@ -13,6 +13,11 @@ from pomona.shapes import DownProj, PerChannel
 class Wanda:
     """Scores channel f by ||down[:, f]|| · rms(activation of f)."""
 
+    @property
+    def gradients(self) -> bool:
+        """No backward pass is needed."""
+        return False
+
     def __call__(self, stats: ChannelStats, down_DF: DownProj) -> PerChannel:
         """Return one importance per channel [F]; only the order within a layer is used."""
         return down_DF.norm(dim=0) * stats.mean_square_F.sqrt()

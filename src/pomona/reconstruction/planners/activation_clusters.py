@@ -1,0 +1,82 @@
+"""Channels that fire together form an expert, those that always fire are shared: the CMoE baseline.
+
+Pei et al., "CMoE: Converting Mixture-of-Experts from Dense to Accelerate LLM Inference", 2025. A
+channel's marker says on which tokens it is among the most active; the most frequent are shared, the
+others are clustered into experts of equal size by balanced k-means.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pomona.reconstruction.balance import balanced_clusters
+from pomona.reconstruction.ffn import observe
+from pomona.reconstruction.plan import ExpertPlan
+from pomona.reconstruction.planners.protocol import Calibration
+from pomona.reconstruction.planners.random_split import check_divides
+from pomona.reconstruction.scores import Score
+
+
+@dataclass(frozen=True)
+class ActivationClusters:
+    """Shares the share `shared` of the channels; `tokens` calibrate, `active_share` of them mark.
+
+    A marker is one where a channel's |activation| is among the first `active_share` of its layer.
+    """
+
+    shared: float = 0.25
+    tokens: int = 2048
+    active_share: float = 0.1
+    iterations: int = 5
+
+    def __call__(
+        self,
+        calibration: Calibration,
+        groups: Sequence[Sequence[str]],
+        score: Score,
+        width: int,
+        active: int,
+        seed: int,
+    ) -> ExpertPlan:
+        """Return the clusters; the score is not used."""
+        channels = calibration.dense.channels
+        size = round(self.shared * channels)
+        check_divides(channels - size, len(groups), width)
+        kept: list[Tensor] = []
+        shared: list[Tensor] = []
+        for marker_NF in self.markers(calibration):
+            often_F = marker_NF.sum(0)
+            order_F = often_F.argsort(descending=True, stable=True)
+            shared.append(order_F[:size].sort().values)
+            own = order_F[size : size + len(groups) * width].sort().values
+            label = balanced_clusters(
+                marker_NF[:, own].T.double().numpy(), len(groups), width, self.iterations
+            )
+            kept.append(
+                torch.stack([own[torch.from_numpy(label == e)] for e in range(len(groups))])
+            )
+        return ExpertPlan(
+            torch.stack(kept),
+            tuple(map(tuple, groups)),
+            channels,
+            torch.stack(shared),
+            gain=float(active),
+        )
+
+    def markers(self, calibration: Calibration) -> list[Tensor]:
+        """Return every layer's markers [N, F], booleans, over an equal share of every domain."""
+        dense = calibration.dense
+        found: list[list[Tensor]] = [[] for _ in dense.ffns]
+        most = max(1, round(self.active_share * dense.channels))
+
+        def see(layer: int, _x_ND: Tensor, activation_NF: Tensor, _y_ND: Tensor) -> None:
+            best_NK = activation_NF.abs().topk(most, dim=1).indices
+            mark_NF = torch.zeros_like(activation_NF, dtype=torch.bool)
+            found[layer].append(mark_NF.scatter_(1, best_NK, value=True).cpu())
+
+        each = self.tokens // len(calibration.windows)
+        for windows_BT in calibration.windows.values():
+            observe(dense, windows_BT[: max(1, each // windows_BT.shape[1])], see)
+        return [torch.cat(layer) for layer in found]

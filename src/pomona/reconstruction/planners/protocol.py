@@ -1,0 +1,41 @@
+"""What a planner is, and what it sees."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from pomona.reconstruction.calibrate import ChannelStats
+from pomona.reconstruction.ffn import DenseModel
+from pomona.reconstruction.plan import ExpertPlan
+from pomona.reconstruction.scores import Score
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The dense model with every domain's windows [B, T] and channel statistics per layer."""
+
+    dense: DenseModel = field(repr=False)
+    windows: Mapping[str, Tensor] = field(repr=False)
+    stats: Mapping[str, Sequence[ChannelStats]] = field(repr=False)
+
+
+@runtime_checkable
+class Planner(Protocol):
+    """Deals the channels of every layer to experts."""
+
+    def __call__(
+        self,
+        calibration: Calibration,
+        groups: Sequence[Sequence[str]],
+        score: Score,
+        width: int,
+        active: int,
+        seed: int,
+    ) -> ExpertPlan:
+        """Return `width` channels per layer and expert, one expert per group of domains.
+
+        `active` experts will serve a token. Raises `PomonaError` for sizes that cannot be dealt.
+        """
+        ...

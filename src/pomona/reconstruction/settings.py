@@ -1,0 +1,109 @@
+"""Everything one can say about a reconstruction."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
+from typing import Any, get_args
+
+from pomona.errors import PomonaError
+from pomona.reconstruction.affinity import AffinityKind, Correlate
+from pomona.reconstruction.cluster import Grouping, Linkage
+from pomona.reconstruction.compensate import COMPENSATIONS, Compensation, Ridge
+from pomona.reconstruction.planners import PLANNERS, Planner, TopChannels
+from pomona.reconstruction.router import ROUTERS, Fitted, Router
+from pomona.reconstruction.scores import SCORES, WIFV, Score
+
+
+@dataclass(frozen=True)
+class ReconstructSettings:
+    """How a dense model is taken apart and put together again.
+
+    `keep` is the share of FFN channels per expert; `active` experts serve a token, so a token sees
+    `keep · active` of the dense width (and what a planner shares). One expert is static pruning: the
+    result stays dense. `windows` of `length` tokens calibrate each domain; `affinity_windows` others
+    measure each pruned model when `affinity` is "perplexity". `grouping` "affinity" clusters the
+    domains, "random" deals them, "all" gives every expert all of them. With fewer domains than experts
+    `split_domains` splits them by what their windows look like to the model; a single one, a corpus
+    without domains, is always split.
+    """
+
+    experts: int = 8
+    active: int = 2
+    keep: float = 0.25
+    windows: int = 1024
+    length: int = 256
+    score: Score = field(default_factory=WIFV)
+    grouping: Grouping = "affinity"
+    split_domains: bool = False
+    affinity: AffinityKind = "perplexity"
+    affinity_windows: int = 32
+    correlate: Correlate = "rows"
+    linkage: Linkage = "average"
+    planner: Planner = field(default_factory=TopChannels)
+    compensation: Compensation = field(default_factory=Ridge)
+    router: Router = field(default_factory=Fitted)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.experts < 1:
+            raise PomonaError(
+                f"experts {self.experts} is not positive; use 2 or more, 1 only prunes"
+            )
+        if not 1 <= self.active <= self.experts:
+            raise PomonaError(f"active {self.active} is not between 1 and experts {self.experts}")
+        if not 0 < self.keep <= 1:
+            raise PomonaError(
+                f"keep {self.keep} is not a share between 0 and 1; use for example 0.25"
+            )
+        for name in ("windows", "length", "affinity_windows"):
+            if getattr(self, name) < 2:
+                raise PomonaError(f"{name} {getattr(self, name)} is too small; use 2 or more")
+        for name, kinds in _CHOICES.items():
+            if getattr(self, name) not in get_args(kinds):
+                known = ", ".join(get_args(kinds))
+                raise PomonaError(f'{name} "{getattr(self, name)}" is unknown; use one of {known}')
+
+    def check_domains(self, names: Sequence[str]) -> None:
+        """Raise `PomonaError` when the domains cannot give every expert one."""
+        enough = len(names) >= self.experts or self.grouping == "all"
+        if enough or (self.grouping == "affinity" and (self.split_domains or len(names) == 1)):
+            return
+        raise PomonaError(
+            f"{len(names)} domains ({', '.join(names)}) cannot make {self.experts} experts; give at "
+            f"least {self.experts} domains, ask for at most {len(names)} experts, or set "
+            "split_domains (--split-domains) to split them"
+        )
+
+    def width(self, channels: int) -> int:
+        """Return the channels per expert; raises `PomonaError` when there are none."""
+        width = round(self.keep * channels)
+        if width < 1:
+            raise PomonaError(
+                f"keep {self.keep} of {channels} channels leaves an expert none; make keep larger"
+            )
+        return width
+
+    def to_json(self) -> dict[str, Any]:
+        """Return every setting; what a registry holds as its kind and its own fields."""
+        return {name: _plain(value) for name, value in vars(self).items()}
+
+
+_CHOICES = {
+    "grouping": Grouping,
+    "affinity": AffinityKind,
+    "correlate": Correlate,
+    "linkage": Linkage,
+}
+_REGISTERED: tuple[tuple[str, type[Any]], ...] = (
+    *SCORES.items(),
+    *PLANNERS.items(),
+    *COMPENSATIONS.items(),
+    *ROUTERS.items(),
+)
+
+
+def _plain(value: Any) -> Any:
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
+    outside = f"{type(value).__module__}:{type(value).__name__}"
+    kind = next((name for name, member in _REGISTERED if member is type(value)), outside)
+    return {"kind": kind, **asdict(value)}
