@@ -12,6 +12,7 @@ from conftest import save_model
 from laws.test_reconstruction_laws import DOMAINS, SMALL
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pomona.artifacts.reconstruction_records import read_records
 from pomona.data.texts import read_domains
 from pomona.errors import PomonaError
 from pomona.evaluate import measure
@@ -67,10 +68,15 @@ def test_experts_are_the_planned_channels(dense_dir, tmp_path):
 
 @pytest.mark.parametrize("affinity", ["perplexity", "scores"])
 def test_records_can_be_read(dense_dir, tmp_path, affinity):
-    reconstruct(dense_dir, DOMAINS, tmp_path / "out", replace(SMALL, affinity=affinity))
+    made = reconstruct(dense_dir, DOMAINS, tmp_path / "out", replace(SMALL, affinity=affinity))
     folder = tmp_path / "out/reconstruction"
+    again = read_records(folder, tmp_path / "out")
+    assert str(again) == str(made)
+    assert torch.equal(again.plan.keep_LEW, made.plan.keep_LEW)
+    assert torch.equal(again.affinity.correlation_MM, made.affinity.correlation_MM)
+    assert (folder / "affinity.svg").read_text().startswith("<svg")
     read = {p.stem: json.loads(p.read_text()) for p in folder.glob("*.json")}
-    assert read.keys() == {"plan", "affinity", "clusters", "settings"}
+    assert read.keys() == {"plan", "affinity", "clusters", "settings", "result"}
     assert read["settings"]["affinity"] == affinity
     assert read["settings"]["router"] == {"kind": "fitted", **vars(Fitted())}
     assert read["settings"].keys() == vars(SMALL).keys()

@@ -1,5 +1,6 @@
-"""Atomic writing, and reading JSON back: a reader sees the old file or the new one, never half."""
+"""Atomic writing, reading JSON back, and locks: a reader sees the old file or the new, never half."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -100,3 +101,12 @@ def read_object(path: Path) -> dict[str, Any]:
 def damaged(path: Path, reason: Exception | str) -> PomonaError:
     """Return the sentence for a file whose content is not what was once written."""
     return PomonaError(f"{path} is damaged or cut off ({reason}); copy or download it again")
+
+
+def hold(lock: int, path: Path) -> None:
+    """Lock an open folder for this process; raises `PomonaError` and closes it when another has it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        raise PomonaError(f"{path} is in use by another command; wait until it ends") from error

@@ -1,7 +1,7 @@
 """Reconstruct: a dense checkpoint becomes a stock mixture-of-experts checkpoint.
 
-DIVE (arXiv 2506.09351), sections 3.1 to 3.3: calibrate → score → affinity → cluster → plan →
-compensate → route → assemble.
+DIVE (arXiv 2506.09351), sections 3.1 to 3.4: calibrate → score → affinity → cluster → plan →
+compensate → route → assemble → retrain.
 """
 
 import shutil
@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from pomona.artifacts.model_card import mixture_card
-from pomona.artifacts.reconstruction_records import write_records
-from pomona.data.texts import sample_windows
+from pomona.artifacts.reconstruction_records import read_records, write_records
+from pomona.artifacts.workspace import Workspace
+from pomona.data.texts import consecutive_windows, digest, sample_windows
 from pomona.errors import PomonaError
 from pomona.files import atomic_folder, write_json, write_text
 from pomona.models.dense import MixtureSizes, container_of, dense_family
-from pomona.models.experts import freeze
+from pomona.models.experts import find_expert_sites, freeze
 from pomona.models.loading import (
     checkpoint_folder,
     context_length,
@@ -36,6 +37,7 @@ from pomona.reconstruction.ffn import DenseModel, dense_model, mean_hidden
 from pomona.reconstruction.plan import ExpertPlan
 from pomona.reconstruction.planners import Calibration
 from pomona.reconstruction.result import Reconstruction
+from pomona.reconstruction.retraining import Retraining, StageState, retrain
 from pomona.reconstruction.scores import score_layers
 from pomona.reconstruction.settings import ReconstructSettings
 from pomona.shapes import Tokens
@@ -70,15 +72,81 @@ def reconstruct(
     out: Path,
     settings: ReconstructSettings,
     progress: Progress = silent,
+    text: Sequence[str] | None = None,
 ) -> Reconstruction:
     """Make a mixture of experts of the dense checkpoint `model`, a folder or a Hub id.
 
-    `domains` maps names to documents (`ReconstructSettings.split_domains` if they are few). `out` must be
-    new or empty; it appears whole or not at all. Raises `PomonaError` naming what is wrong with the
-    model, a domain or the disk.
+    `domains` maps names to documents (`ReconstructSettings.split_domains` if they are few); `text` is
+    what to retrain on, the domains' own if None. `out` must be new or empty; it appears whole or not at
+    all. With retraining, what is done so far is kept in `.OUT.work`, and the same call goes on from
+    there. Raises `PomonaError` naming what is wrong with the model, a domain or the disk.
     """
     _check_out(out)
     settings.check_domains(list(domains))
+    if settings.retrain is None:
+        return _assemble(model, domains, out, settings, progress)
+    documents = [document for own in domains.values() for document in own]
+    documents = list(text) if text is not None else documents
+    identity = {"model": str(model), "settings": settings.to_json(), "text": digest(documents)}
+    with Workspace.open(out, identity) as work:
+        if not work.mixture.is_dir():
+            _assemble(model, domains, work.mixture, settings, progress)
+        made = _retrain(model, documents, work, out, settings, settings.retrain, progress)
+        work.remove()
+    return made
+
+
+def _retrain(
+    model: str | Path,
+    documents: Sequence[str],
+    work: Workspace,
+    out: Path,
+    settings: ReconstructSettings,
+    how: Retraining,
+    progress: Progress,
+) -> Reconstruction:
+    """Retrain the mixture in the workspace and write it to `out`, merged."""
+    student = load_model(work.mixture, how.dtype)
+    stored = Checkpoint.open(work.mixture).config.get("dtype")
+    teacher = None
+    if how.objective.loss == "distil":
+        teacher = load_model(checkpoint_folder(model), how.dtype)
+        freeze(teacher)
+    _check_length(how.length, context_length(student), work.mixture)
+    windows_BT = consecutive_windows(documents, load_tokenizer(work.mixture), how.length)
+    if windows_BT.shape[1] < how.length:
+        raise PomonaError(
+            f"the text to retrain on has fewer than {how.length} tokens; give it more or make length "
+            "smaller"
+        )
+    sites = () if settings.experts == 1 else tuple(find_expert_sites(student))
+    resume, losses = work.load()
+    history = losses.tolist()
+
+    def after(state: StageState, loss: float) -> None:
+        history.append(loss)
+        if state.moments.step % how.save_every == 0:
+            work.save(state, torch.tensor(history))
+
+    retrain(student, sites, teacher, windows_BT, how, settings.seed, resume, after, progress)
+    made = read_records(work.mixture / "reconstruction", out)
+    with atomic_folder(out) as partial:
+        student.to(getattr(torch, stored or how.dtype)).save_pretrained(partial)
+        for kept in (*_TOKENIZER_FILES, "reconstruction"):
+            _copy(work.mixture / kept, partial / kept)
+        write_json(partial / "reconstruction" / "retraining.json", {"losses": history})
+        write_text(partial / "README.md", mixture_card(str(model), made, settings))
+    return made
+
+
+def _assemble(
+    model: str | Path,
+    domains: Mapping[str, Sequence[str]],
+    out: Path,
+    settings: ReconstructSettings,
+    progress: Progress,
+) -> Reconstruction:
+    """Write the mixture as calibration leaves it."""
     checkpoint = Checkpoint.open(checkpoint_folder(model))
     family = dense_family(checkpoint)
     base = load_model(checkpoint.folder, "float32")
@@ -108,8 +176,7 @@ def reconstruct(
         write_sharded(partial, counted.passing(tensors))
         write_json(partial / "config.json", config)
         for name in _TOKENIZER_FILES:
-            if (checkpoint.folder / name).is_file():
-                shutil.copyfile(checkpoint.folder / name, partial / name)
+            _copy(checkpoint.folder / name, partial / name)
         dense_size = sum(p.numel() for p in base.parameters())
         idle = (sizes.experts - sizes.active) * 3 * width * base.config.hidden_size
         made = Reconstruction(
@@ -245,6 +312,14 @@ def _share(windows: Mapping[str, Tensor], group: Sequence[str]) -> Tensor:
     """Give every domain of a group an equal share of the group's windows (DIVE, section 3.2)."""
     each = max(1, len(windows[group[0]]) // len(group))
     return torch.cat([windows[domain][:each] for domain in group])
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file or folder, if it is there."""
+    if source.is_dir():
+        shutil.copytree(source, target)
+    elif source.is_file():
+        shutil.copyfile(source, target)
 
 
 def _check_out(out: Path) -> None:

@@ -23,8 +23,8 @@ tags: [{tags}]
 
 Made by pruning the feed-forward layers of the dense base model once per group of domains and
 assembling what is left as experts with a router (method: DIVE, arXiv 2506.09351). A stock checkpoint
-({made.container}): `AutoModelForCausalLM.from_pretrained` opens it. The experts have not been
-retrained. The base model's licence and limits apply.
+({made.container}): `AutoModelForCausalLM.from_pretrained` opens it. {_retrained(settings)}
+The base model's licence and limits apply.
 
 - {layers} layers, {experts} experts of width {width} (dense: {made.plan.channels}){shared},
   {made.sizes.active} active per token
@@ -40,3 +40,14 @@ retrained. The base model's licence and limits apply.
 `reconstruction/` holds the settings, the kept channels (plan.json) and, where domains were grouped by
 affinity, that (affinity.json, affinity.svg) and their clusters (clusters.json).
 """
+
+
+def _retrained(settings: ReconstructSettings) -> str:
+    how = settings.retrain
+    if how is None:
+        return "The experts have not been retrained."
+    loss = "distilled from the dense model" if how.objective.loss == "distil" else "cross-entropy"
+    return (
+        f"Retrained on {how.router.tokens:,} tokens (router)\nand {how.experts.tokens:,} tokens (experts: "
+        f"{how.experts.experts}), {loss}."
+    )

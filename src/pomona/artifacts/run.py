@@ -6,7 +6,6 @@ their committed length on resume, so that an interrupted run ends with the same 
 not.
 """
 
-import fcntl
 import json
 import os
 import platform
@@ -26,7 +25,7 @@ from pomona.errors import PomonaError
 from pomona.federation.graft import Graft
 from pomona.federation.strategies import ServerState
 from pomona.federation.update import ClientState
-from pomona.files import cannot_write, read_object, write_json, write_text
+from pomona.files import cannot_write, hold, read_object, write_json, write_text
 from pomona.models.lora import LoRA
 from pomona.models.peft_format import write_adapter
 from pomona.models.weights import read_tensors, write_tensors
@@ -64,7 +63,7 @@ class RunDirectory:
             lock = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise cannot_write(path, error) from error
-        _hold(lock, path)
+        hold(lock, path)
         try:
             cls._prepare(path, recipe, about)
         except BaseException:
@@ -199,14 +198,6 @@ def _named(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
     prefix = f"{part}/"
     return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
-
-
-def _hold(lock: int, path: Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(lock)
-        raise PomonaError(f"{path} is in use by another command; wait until it ends") from error
 
 
 def _check_same(path: Path, recipe: str) -> None:

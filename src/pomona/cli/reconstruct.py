@@ -38,6 +38,14 @@ Split = Annotated[
         show_default=False,
     ),
 ]
+Retrain = Annotated[
+    int | None,
+    typer.Option("--retrain", metavar="TOKENS", help="Retrain the experts on so many tokens."),
+]
+Text = Annotated[
+    str | None,
+    typer.Option("--text", metavar="DIR", help="What to retrain on; else the domains themselves."),
+]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of windows and fits.")]
 
 
@@ -49,24 +57,37 @@ def reconstruct(
     active: Active = None,
     keep: Keep = None,
     split_domains: Split = None,
+    retrain: Retrain = None,
+    text: Text = None,
     seed: Seed = None,
     recipe: Recipe = None,
 ) -> None:
     """Turn a dense model into a stock mixture of experts.
 
     MODEL is a folder or Hub id. Calibrates on every domain, groups the domains, prunes the FFN once
-    per group and makes the pruned FFNs experts with a fitted router. OUT opens with plain
-    transformers.
+    per group, makes the pruned FFNs experts with a fitted router, and retrains them if asked.
+    OUT opens with plain transformers.
     """
     from pomona.cli.console import console, progress_bars
     from pomona.recipe.reconstruct import read_reconstruct_recipe
     from pomona.reconstruct import reconstruct as run_reconstruct
 
-    given = {"model": model, "domains": domains, "experts": experts, "active": active}
-    source = read_reconstruct_recipe(
-        recipe, {**given, "keep": keep, "split_domains": split_domains, "seed": seed}
-    )
+    given: dict[str, object] = {
+        "model": model,
+        "domains": domains,
+        "experts": experts,
+        "active": active,
+    }
+    given |= {"keep": keep, "split_domains": split_domains, "retrain": retrain, "text": text}
+    source = read_reconstruct_recipe(recipe, {**given, "seed": seed})
     with progress_bars() as progress:
-        made = run_reconstruct(source.model, source.load_domains(), out, source.settings, progress)
+        made = run_reconstruct(
+            source.model,
+            source.load_domains(),
+            out,
+            source.settings,
+            progress,
+            source.load_text(),
+        )
     console.print(str(made))
     console.print(f"{out} opens with AutoModelForCausalLM.from_pretrained")

@@ -1,5 +1,6 @@
 """Plain text by domain, and windows of tokens from it."""
 
+import hashlib
 from collections.abc import Sequence
 from glob import glob, has_magic
 from pathlib import Path
@@ -113,6 +114,14 @@ def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> li
     encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     bos = [] if tokenizer.bos_token_id is None else [cast(int, tokenizer.bos_token_id)]
     return [[*bos, *tokens] for tokens in encoded]  # pyright: ignore[reportGeneralTypeIssues]
+
+
+def digest(texts: Sequence[str]) -> str:
+    """Return a hash of documents, in their order."""
+    total = hashlib.sha256()
+    for text in texts:
+        total.update(hashlib.sha256(text.encode()).digest())
+    return total.hexdigest()
 
 
 def _is_held_out(path: Path) -> bool:

@@ -78,6 +78,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise damaged(path, error) from error
 
 
+def metadata(path: Path) -> dict[str, str]:
+    """Return what `write_tensors` was given beside the tensors."""
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write one safetensors file atomically, names in order, so that equal tensors give equal bytes."""
     ordered = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}

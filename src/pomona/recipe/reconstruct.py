@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pomona.data.texts import read_domains
 from pomona.errors import PomonaError
@@ -14,15 +14,25 @@ from pomona.reconstruct import ReconstructSettings
 
 @dataclass(frozen=True)
 class ReconstructRecipe:
-    """A dense model, its domains (folder or glob) and how to reconstruct."""
+    """A dense model, its domains (folder, glob or file) and how to reconstruct.
+
+    `text` (the same) is what to retrain on, the domains themselves if it is not given.
+    """
 
     model: str = field(metadata={"path": True})
     domains: Path
+    text: Path | None = None
     settings: ReconstructSettings = field(default_factory=ReconstructSettings)
 
     def load_domains(self) -> dict[str, list[str]]:
         """Read the domains' documents."""
         return read_domains(self.domains)
+
+    def load_text(self) -> list[str] | None:
+        """Read the documents to retrain on, or None for the domains' own."""
+        if self.text is None:
+            return None
+        return [document for own in read_domains(self.text).values() for document in own]
 
 
 def read_reconstruct_recipe(path: Path | None, given: Mapping[str, Any]) -> ReconstructRecipe:
@@ -30,18 +40,30 @@ def read_reconstruct_recipe(path: Path | None, given: Mapping[str, Any]) -> Reco
     table = dict(read_table(path)) if path else {}
     folder = path.parent.resolve() if path else Path.cwd()
     options = {key: value for key, value in given.items() if value is not None}
-    source = {k: options.pop(k) for k in ("model", "domains") if k in options}
+    source = {k: options.pop(k) for k in ("model", "domains", "text") if k in options}
+    tokens = options.pop("retrain", None)
     if "model" in source and Path(source["model"]).exists():
         source["model"] = str(Path(source["model"]).resolve())
-    if "domains" in source:
-        source["domains"] = str(Path(source["domains"]).absolute())
+    for key in ("domains", "text"):
+        if key in source:
+            source[key] = str(Path(source[key]).absolute())
     table |= source
     where = str(path) if path else "command line"
     settings = table.get("settings", {})
     if not isinstance(settings, dict):
         raise PomonaError(f"{where}: settings is {settings!r}; it should be a table")
     table["settings"] = {**settings, **options}
+    if tokens is not None:
+        table["settings"]["retrain"] = _with_tokens(settings.get("retrain", {}), tokens)
     for key, option in (("model", "MODEL"), ("domains", "--domains DIR")):
         if key not in table:
             raise PomonaError(f"{where}: {key} is missing; give {option} or a recipe that names it")
     return build(ReconstructRecipe, table, folder, where)
+
+
+def _with_tokens(retrain: Any, tokens: int) -> Any:
+    """Set the second stage's budget; the rest stays as the recipe has it."""
+    if not isinstance(retrain, dict):
+        return retrain
+    how = cast(dict[str, Any], retrain)
+    return {**how, "experts": {**how.get("experts", {}), "tokens": tokens}}

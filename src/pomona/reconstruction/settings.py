@@ -9,6 +9,7 @@ from pomona.reconstruction.affinity import AffinityKind, Correlate
 from pomona.reconstruction.cluster import Grouping, Linkage
 from pomona.reconstruction.compensate import COMPENSATIONS, Compensation, Ridge
 from pomona.reconstruction.planners import PLANNERS, Planner, TopChannels
+from pomona.reconstruction.retraining.settings import Retraining
 from pomona.reconstruction.router import ROUTERS, Fitted, Router
 from pomona.reconstruction.scores import SCORES, WIFV, Score
 
@@ -41,6 +42,7 @@ class ReconstructSettings:
     planner: Planner = field(default_factory=TopChannels)
     compensation: Compensation = field(default_factory=Ridge)
     router: Router = field(default_factory=Fitted)
+    retrain: Retraining | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -104,6 +106,8 @@ _REGISTERED: tuple[tuple[str, type[Any]], ...] = (
 def _plain(value: Any) -> Any:
     if not is_dataclass(value) or isinstance(value, type):
         return value
+    if isinstance(value, Retraining):
+        return asdict(value)
     outside = f"{type(value).__module__}:{type(value).__name__}"
     kind = next((name for name, member in _REGISTERED if member is type(value)), outside)
     return {"kind": kind, **asdict(value)}

@@ -1,7 +1,7 @@
 """One loop over one stacked AdamW that equals C separate ones."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -35,25 +35,55 @@ class AdamW:
         )
 
 
+@dataclass(frozen=True)
+class Moments:
+    """What AdamW remembers after `step` steps, in the order of the parameters."""
+
+    step: int
+    first: Sequence[Tensor] = field(repr=False)
+    second: Sequence[Tensor] = field(repr=False)
+
+
 def fit(
     parameters: Sequence[Tensor],
     losses: Callable[[int], PerClient],
     steps: int,
     rate: Callable[[int], float],
     optimiser: AdamW,
+    accumulate: int = 1,
+    resume: Moments | None = None,
+    after: Callable[[Moments, PerClient], None] | None = None,
 ) -> Float[Tensor, "steps C"]:
     """Train stacked parameters [C, …] in place and return every client's loss at every step.
 
-    `losses(step)` gives one loss per client; their sum is differentiated once. Raises `PomonaError`
-    at the first loss that is not finite, naming the client's place in the cohort.
+    `losses(i)` gives one loss per client for the i-th batch; their sum is differentiated once, and
+    `accumulate` batches make a step. With `resume` training goes on where those moments were taken:
+    the parameters have to be those of that step. `after` sees the moments and losses of every step.
+    Raises `PomonaError` at the first loss that is not finite, naming the client's place in the cohort.
     """
     engine = optimiser.build(parameters)
+    if resume is not None:
+        _restore(engine, parameters, resume)
     history: list[Tensor] = []
-    for step in range(steps):
+    for step in range(resume.step if resume else 0, steps):
         for group in engine.param_groups:
             group["lr"] = rate(step)
         engine.zero_grad(set_to_none=True)
-        loss_C = losses(step)
+        loss_C = sum_of_steps(losses, step, accumulate)
+        if optimiser.clip > 0:
+            clip_per_client(parameters, optimiser.clip)
+        engine.step()
+        history.append(loss_C)
+        if after is not None:
+            after(_moments(engine, parameters, step + 1), loss_C)
+    return torch.stack(history) if history else torch.zeros(0, 1)
+
+
+def sum_of_steps(losses: Callable[[int], PerClient], step: int, accumulate: int) -> PerClient:
+    """Differentiate the mean loss of a step's batches and return it, one value per client."""
+    total: Tensor | None = None
+    for part in range(accumulate):
+        loss_C = losses(step * accumulate + part) / accumulate
         if not bool(loss_C.isfinite().all()):
             culprit = int((~loss_C.isfinite()).nonzero()[0])
             raise PomonaError(
@@ -61,11 +91,26 @@ def fit(
                 "lower the learning rate or train in float32"
             )
         loss_C.sum().backward()
-        if optimiser.clip > 0:
-            clip_per_client(parameters, optimiser.clip)
-        engine.step()
-        history.append(loss_C.detach())
-    return torch.stack(history)
+        total = loss_C.detach() if total is None else total + loss_C.detach()
+    assert total is not None
+    return total
+
+
+def _moments(engine: torch.optim.AdamW, parameters: Sequence[Tensor], step: int) -> Moments:
+    return Moments(
+        step,
+        [engine.state[p]["exp_avg"] for p in parameters],
+        [engine.state[p]["exp_avg_sq"] for p in parameters],
+    )
+
+
+def _restore(engine: torch.optim.AdamW, parameters: Sequence[Tensor], moments: Moments) -> None:
+    for parameter, first, second in zip(parameters, moments.first, moments.second, strict=True):
+        engine.state[parameter] = {
+            "step": torch.tensor(float(moments.step)),
+            "exp_avg": first.clone(),
+            "exp_avg_sq": second.clone(),
+        }
 
 
 def clip_per_client(parameters: Sequence[Tensor], limit: float) -> None:

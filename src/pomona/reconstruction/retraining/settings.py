@@ -1,0 +1,124 @@
+"""Everything one can say about retraining."""
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from pomona.errors import PomonaError
+from pomona.training.loop import AdamW
+
+Schedule = Literal["constant", "cosine"]
+LossKind = Literal["distil", "cross-entropy"]
+ExpertTraining = Literal["lora", "full", "none"]
+
+
+def _check_rate(tokens: int, learning_rate: float) -> None:
+    if tokens < 0:
+        raise PomonaError(f"tokens {tokens} is negative; use 0 to leave the stage out")
+    if not learning_rate > 0:
+        raise PomonaError(f"learning_rate {learning_rate} is not positive; use for example 1e-3")
+
+
+def _check_choice(name: str, value: str, kinds: object) -> None:
+    if value not in get_args(kinds):
+        known = ", ".join(get_args(kinds))
+        raise PomonaError(f'{name} "{value}" is unknown; use one of {known}')
+
+
+@dataclass(frozen=True)
+class RouterStage:
+    """The router alone, every expert serving every token with weight softmax(logits / temperature).
+
+    The temperature is folded into the router afterwards. `tokens` 0 leaves the stage out; DIVE takes
+    0.5 B at a constant 1e-4 and temperature 0.05 (one active expert) or 0.5 (two).
+    """
+
+    tokens: int = 0
+    learning_rate: float = 1e-3
+    schedule: Schedule = "constant"
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_rate(self.tokens, self.learning_rate)
+        _check_choice("schedule", self.schedule, Schedule)
+        if not self.temperature > 0:
+            raise PomonaError(
+                f"temperature {self.temperature} is not positive; use for example 0.5"
+            )
+
+
+@dataclass(frozen=True)
+class ExpertStage:
+    """Experts, router and norms, each token served by its active experts as in use.
+
+    `experts` are trained by LoRA (merged at the end), in full or not at all; router and norms in full
+    if asked. DIVE takes 5 B tokens, LoRA of rank 8, 1e-4 along a cosine with 3 % warm-up down to a tenth.
+    """
+
+    tokens: int = 1_000_000
+    learning_rate: float = 1e-3
+    schedule: Schedule = "cosine"
+    warm_up: float = 0.03
+    floor: float = 0.1
+    experts: ExpertTraining = "lora"
+    rank: int = 8
+    alpha: float = 16.0
+    router: bool = True
+    norms: bool = True
+
+    def __post_init__(self) -> None:
+        _check_rate(self.tokens, self.learning_rate)
+        _check_choice("schedule", self.schedule, Schedule)
+        _check_choice("experts", self.experts, ExpertTraining)
+        if self.rank < 1:
+            raise PomonaError(f"rank {self.rank} is not positive; use 1 or more")
+        if not (0 <= self.warm_up < 1 and 0 <= self.floor <= 1):
+            raise PomonaError("warm_up and floor are shares between 0 and 1")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised: `distil` KL(dense ‖ mixture) per token, or the text's cross-entropy.
+
+    `temperature` softens both distributions of `distil`. `balance` weighs the load-balancing loss of
+    Switch Transformers (Fedus et al., 2022), `z` the router z-loss of ST-MoE (Zoph et al., 2022).
+    `straight_through` gives the router of a single active expert, whose weight is always one, the
+    gradient of its probability.
+    """
+
+    loss: LossKind = "distil"
+    temperature: float = 1.0
+    balance: float = 0.01
+    z: float = 0.001
+    straight_through: bool = True
+
+    def __post_init__(self) -> None:
+        _check_choice("loss", self.loss, LossKind)
+        if not self.temperature > 0 or self.balance < 0 or self.z < 0:
+            raise PomonaError("temperature must be positive, balance and z not negative")
+
+
+@dataclass(frozen=True)
+class Retraining:
+    """Two stages over windows of `length` tokens, `batch` a forward pass, `accumulate` of them a step."""
+
+    router: RouterStage = field(default_factory=RouterStage)
+    experts: ExpertStage = field(default_factory=ExpertStage)
+    objective: Objective = field(default_factory=Objective)
+    length: int = 256
+    batch: int = 8
+    accumulate: int = 1
+    optimiser: AdamW = field(default_factory=AdamW)
+    checkpointing: bool = False
+    save_every: int = 100
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "accumulate", "save_every"):
+            if getattr(self, name) < 1:
+                raise PomonaError(f"{name} {getattr(self, name)} is not positive; use 1 or more")
+        if self.length < 2:
+            raise PomonaError(f"length {self.length} is too small; use 2 or more")
+
+    def steps(self, tokens: int) -> int:
+        """Return how many optimiser steps a token budget pays for."""
+        return tokens // (self.length * self.batch * self.accumulate)
