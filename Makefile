@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 WORKERS ?= 2
 
-.PHONY: demo test test-slow real demo-seeds check format lint types layers clean
+.PHONY: demo test test-slow real demo-seeds reconstruct check format lint types layers clean
 
 demo: $(STAMP)
 	$(BIN)/pomona demo
@@ -21,6 +21,9 @@ test-slow: $(STAMP)
 
 real: $(STAMP)
 	$(BIN)/python benchmarks/real.py
+
+reconstruct: $(STAMP)
+	$(BIN)/python benchmarks/reconstruct.py
 
 demo-seeds: $(STAMP)
 	$(BIN)/python benchmarks/demo.py

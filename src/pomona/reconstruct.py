@@ -33,6 +33,7 @@ from pomona.reconstruction.assemble import mixture_tensors, no_router
 from pomona.reconstruction.calibrate import ChannelStats, calibrate
 from pomona.reconstruction.cluster import Clusters, cluster, random_groups, refine
 from pomona.reconstruction.compensate import Refit
+from pomona.reconstruction.estimate import Estimate, estimate
 from pomona.reconstruction.ffn import DenseModel, dense_model, mean_hidden
 from pomona.reconstruction.plan import ExpertPlan
 from pomona.reconstruction.planners import Calibration
@@ -42,7 +43,7 @@ from pomona.reconstruction.scores import score_layers
 from pomona.reconstruction.settings import ReconstructSettings
 from pomona.shapes import Tokens
 
-__all__ = ["ReconstructSettings", "Reconstruction", "reconstruct"]
+__all__ = ["Estimate", "ReconstructSettings", "Reconstruction", "preview", "reconstruct"]
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -94,6 +95,13 @@ def reconstruct(
         made = _retrain(model, documents, work, out, settings, settings.retrain, progress)
         work.remove()
     return made
+
+
+def preview(model: str | Path, domains: Sequence[str], settings: ReconstructSettings) -> Estimate:
+    """Return what `reconstruct` would make and what it would cost, without making it."""
+    settings.check_domains(domains)
+    checkpoint = Checkpoint.open(checkpoint_folder(model))
+    return estimate(checkpoint, dense_family(checkpoint), settings, len(domains))
 
 
 def _retrain(

@@ -46,6 +46,9 @@ Text = Annotated[
     str | None,
     typer.Option("--text", metavar="DIR", help="What to retrain on; else the domains themselves."),
 ]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Only tell what would be made, and its cost.")
+]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of windows and fits.")]
 
 
@@ -61,6 +64,7 @@ def reconstruct(
     text: Text = None,
     seed: Seed = None,
     recipe: Recipe = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Turn a dense model into a stock mixture of experts.
 
@@ -70,6 +74,7 @@ def reconstruct(
     """
     from pomona.cli.console import console, progress_bars
     from pomona.recipe.reconstruct import read_reconstruct_recipe
+    from pomona.reconstruct import preview
     from pomona.reconstruct import reconstruct as run_reconstruct
 
     given: dict[str, object] = {
@@ -80,6 +85,9 @@ def reconstruct(
     }
     given |= {"keep": keep, "split_domains": split_domains, "retrain": retrain, "text": text}
     source = read_reconstruct_recipe(recipe, {**given, "seed": seed})
+    if dry_run:
+        console.print(str(preview(source.model, list(source.load_domains()), source.settings)))
+        return
     with progress_bars() as progress:
         made = run_reconstruct(
             source.model,

@@ -14,7 +14,7 @@ from pomona.shapes import Tokens
 
 @dataclass(frozen=True)
 class RowLoss:
-    """The summed negative log-likelihood of one row's answer and how many tokens it has."""
+    """The summed negative log-likelihood of a row's answer, or of a window, and its tokens."""
 
     nats: float
     tokens: int
@@ -45,17 +45,24 @@ def answer_losses(
     return [losses[i] for i in range(len(examples))]
 
 
-@torch.no_grad()
 def text_loss(model: torch.nn.Module, windows_BT: Tokens, batch_size: int = 16) -> float:
     """Return the mean nats per predicted token of plain text windows."""
-    total, tokens = 0.0, 0
+    losses = window_losses(model, windows_BT, batch_size)
+    return sum(window.nats for window in losses) / sum(window.tokens for window in losses)
+
+
+@torch.no_grad()
+def window_losses(
+    model: torch.nn.Module, windows_BT: Tokens, batch_size: int = 16
+) -> list[RowLoss]:
+    """Return every window's loss over its predicted tokens: all but the first."""
+    losses: list[RowLoss] = []
     for input_ids_BT in windows_BT.split(batch_size):
         logits = model(input_ids=input_ids_BT, use_cache=False).logits[:, :-1]
-        target = input_ids_BT[:, 1:]
-        nats = fn.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="none")
-        total += float(nats.double().sum())
-        tokens += target.numel()
-    return total / tokens
+        target_BT = input_ids_BT[:, 1:]
+        nats_BT = fn.cross_entropy(logits.mT.float(), target_BT, reduction="none")
+        losses += [RowLoss(float(nats_T.double().sum()), len(nats_T)) for nats_T in nats_BT]
+    return losses
 
 
 def perplexity(nats: float) -> float:

@@ -35,6 +35,11 @@ class Checkpoint:
             raise PomonaError(f"{folder} is no checkpoint folder: it holds no config.json")
         return cls(folder, read_object(config_path), _locate(folder))
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape; only the file's header is read."""
+        with _opened(self.files[name]) as file:
+            return tuple(file.get_slice(name).get_shape())
+
     def tensor(self, name: str) -> Tensor:
         """Return one tensor; only its bytes are read."""
         if name not in self.files:

@@ -55,6 +55,11 @@ class ExpertPlan:
         )
 
 
+def share_of(planner: object) -> float:
+    """Return the share of dense channels that a planner will hoist: its field `shared`, if it has one."""
+    return float(getattr(planner, "shared", 0.0))
+
+
 def no_channels(layers: int) -> Tensor:
     """Return the shared channels of a plan without a shared expert, [L, 0]."""
     return torch.zeros(layers, 0, dtype=torch.int64)

@@ -1,0 +1,130 @@
+"""What a reconstruction would make and cost, from the checkpoint's headers alone."""
+
+from dataclasses import dataclass
+from math import prod
+from time import perf_counter
+
+import torch
+
+from pomona.models.dense import DenseFamily, MixtureSizes, container_of
+from pomona.models.weights import Checkpoint
+from pomona.reconstruction.plan import share_of
+from pomona.reconstruction.settings import ReconstructSettings
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Sizes in parameters, operations per token of a forward pass, memory and work of making it.
+
+    `flops` counts two per weight that a token meets, as is usual, without the attention's products
+    between tokens. `peak_bytes` is the dense model in float32, the sums of one expert and all refits,
+    and for retraining the mixture, the teacher, gradients and moments; activations are not in it. `seconds` is what `work_flops`
+    take at the speed of this machine's matrix products, a lower bound.
+    """
+
+    container: str
+    sizes: MixtureSizes
+    total: int
+    active: int
+    dense: int
+    flops: int
+    dense_flops: int
+    peak_bytes: int
+    work_flops: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return "\n".join(
+            (
+                f"{self.container}, {self.sizes.experts} experts of {self.sizes.width} channels, "
+                f"{self.sizes.active} active, {self.sizes.shared} channels shared",
+                f"{self.total:,} parameters, {self.active:,} active per token (dense: {self.dense:,})",
+                f"{self.flops:,} FLOPs per token (dense: {self.dense_flops:,})",
+                f"{self.peak_bytes / 2**30:.2f} GiB for weights, sums and moments while it is made; activations "
+                "and libraries come on top",
+                f"{self.work_flops / 1e12:,.1f} TFLOPs of work, at least {_clock(self.seconds)} here",
+            )
+        )
+
+
+def estimate(
+    checkpoint: Checkpoint, family: DenseFamily, settings: ReconstructSettings, domains: int
+) -> Estimate:
+    """Return the estimate; raises `PomonaError` where the settings do not fit the model."""
+    shapes = {name: checkpoint.shape(name) for name in checkpoint.files}
+    layers = int(checkpoint.config["num_hidden_layers"])
+    hidden, channels = shapes[f"{family.mlp.format(layer=0)}.down_proj.weight"]
+    dense = sum(prod(shape) for shape in shapes.values())
+    width = settings.width(channels)
+    shared = round(share_of(settings.planner) * channels)
+    sizes = MixtureSizes(
+        settings.experts, settings.active, width, shared, settings.compensation.biased
+    )
+    rest = dense - layers * 3 * hidden * channels
+    router = hidden * settings.experts if settings.experts > 1 else 0
+    total = rest + layers * (3 * hidden * (settings.experts * width + shared) + router)
+    active = rest + layers * (3 * hidden * (settings.active * width + shared) + router)
+    embedding = _embedding(shapes, checkpoint)
+    work = _work(settings, domains, 2 * (dense - embedding), 2 * (active - embedding))
+    return Estimate(
+        container_of(family, sizes).name,
+        sizes,
+        total,
+        active,
+        dense,
+        2 * (active - embedding),
+        2 * (dense - embedding),
+        _memory(settings, layers, hidden, width, dense, total),
+        work,
+        work / matmul_speed(),
+    )
+
+
+def _embedding(shapes: dict[str, tuple[int, ...]], checkpoint: Checkpoint) -> int:
+    """Return the parameters that are looked up and not multiplied: none where the head uses them."""
+    tied = "lm_head.weight" not in checkpoint.files
+    return 0 if tied else prod(shapes["model.embed_tokens.weight"])
+
+
+def _memory(
+    settings: ReconstructSettings, layers: int, hidden: int, width: int, dense: int, total: int
+) -> int:
+    sums = layers * width * (width + hidden) * 8
+    refits = settings.experts * layers * width * hidden * 4
+    assembling = 4 * dense + sums + refits
+    if settings.retrain is None:
+        return assembling
+    size = 2 if settings.retrain.dtype == "bfloat16" else 4
+    teacher = size * dense if settings.retrain.objective.loss == "distil" else 0
+    learning = 12 * total if settings.retrain.experts.experts == "full" else 0
+    return max(assembling, size * total + teacher + learning)
+
+
+def _work(settings: ReconstructSettings, domains: int, dense_flops: int, flops: int) -> int:
+    """Return the FLOPs of calibration, affinity, compensation, routing and retraining."""
+    tokens = settings.windows * settings.length
+    passes = domains * tokens + 2 * settings.experts * tokens  # calibrate; compensate and route
+    if settings.affinity == "perplexity" and settings.grouping == "affinity":
+        passes += domains**2 * settings.affinity_windows * settings.length
+    work = passes * dense_flops
+    if settings.retrain is not None:
+        seen = settings.retrain.router.tokens + settings.retrain.experts.tokens
+        teacher = dense_flops if settings.retrain.objective.loss == "distil" else 0
+        work += seen * (3 * flops + teacher)
+    return work
+
+
+def matmul_speed(size: int = 1024) -> float:
+    """Return this machine's FLOPs per second in float32 matrix products of a middling size."""
+    a = torch.randn(size, size)
+    torch.mm(a, a)  # the first product also sets up threads
+    began = perf_counter()
+    for _ in range(5):
+        torch.mm(a, a)
+    return 5 * 2 * size**3 / (perf_counter() - began)
+
+
+def _clock(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
