@@ -18,8 +18,8 @@ class Estimate:
 
     `flops` counts two per weight that a token meets, as is usual, without the attention's products
     between tokens. `peak_bytes` is the dense model in float32, the sums of one expert and all refits,
-    and for retraining the mixture, the teacher, gradients and moments; activations are not in it. `seconds` is what `work_flops`
-    take at the speed of this machine's matrix products, a lower bound.
+    and for retraining the mixture, the teacher, gradients and moments; activations are not in it.
+    `seconds` is what `work_flops` take at the speed of this machine's matrix products, a lower bound.
     """
 
     container: str
@@ -40,8 +40,8 @@ class Estimate:
                 f"{self.sizes.active} active, {self.sizes.shared} channels shared",
                 f"{self.total:,} parameters, {self.active:,} active per token (dense: {self.dense:,})",
                 f"{self.flops:,} FLOPs per token (dense: {self.dense_flops:,})",
-                f"{self.peak_bytes / 2**30:.2f} GiB for weights, sums and moments while it is made; activations "
-                "and libraries come on top",
+                f"{self.peak_bytes / 2**30:.2f} GiB for weights, sums and moments while it is made; "
+                "activations and libraries come on top",
                 f"{self.work_flops / 1e12:,.1f} TFLOPs of work, at least {_clock(self.seconds)} here",
             )
         )
