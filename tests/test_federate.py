@@ -289,3 +289,39 @@ def test_the_router_of_the_base_never_moves(settings, tmp_path):
     before = files_of(Path(settings.model))
     run(settings, tmp_path / "run")
     assert files_of(Path(settings.model)) == before
+
+
+def test_a_folder_that_is_no_run_is_left_as_it_was(settings, tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in (".thesis.partial", "sub/.notes.partial"):
+        (tmp_path / name).write_text("precious")
+    with pytest.raises(PomonaError, match="holds files that are no run"):
+        run(settings, tmp_path)
+    assert (tmp_path / ".thesis.partial").read_text() == "precious"
+    assert (tmp_path / "sub/.notes.partial").read_text() == "precious"
+
+
+def test_a_start_that_was_killed_at_once_is_started_anew(settings, tmp_path):
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut/.run.json.partial").write_text("{")
+    (tmp_path / "cut/run.json").write_text('{"format": 1, "seed": 99}')
+    run(settings, tmp_path / "cut")
+    assert json.loads((tmp_path / "cut/run.json").read_text())["seed"] != 99
+    assert not list((tmp_path / "cut").glob(".*"))
+
+
+def test_private_state_goes_when_a_run_was_killed_at_its_very_end(settings, tmp_path):
+    run(settings, tmp_path / "run")
+    (tmp_path / "run/checkpoint").mkdir()
+    (tmp_path / "run/checkpoint/state.json").write_text("{}")
+    run(settings, tmp_path / "run")
+    assert not (tmp_path / "run/checkpoint").exists()
+
+
+def test_a_client_that_diverges_is_named_even_in_the_last_step(settings, tmp_path):
+    wild = replace(settings.local, learning_rate=1e30, final_learning_rate=1e30, steps=1)
+    with pytest.raises(
+        PomonaError, match=r'client "apples".* (diverged in|not finite after) round 1'
+    ):
+        run(replace(settings, rounds=1, local=wild), tmp_path / "run")
+    assert not (tmp_path / "run/results.json").exists()

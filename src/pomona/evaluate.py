@@ -43,7 +43,7 @@ def measure(
 
     Raises `PomonaError` when there is nothing to measure on or the length does not fit.
     """
-    _check(text, rows, template, limit, length or 512, new_tokens)
+    _check(text, rows, template, limit, 512 if length is None else length, new_tokens)
     base, state = _personal(source, adapter, graft)
     if length is None:
         length = min(512, context_length(base.model))

@@ -6,6 +6,7 @@ results. The in-process engine: the sampled clients of a cohort train in one bat
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from time import monotonic
 from typing import Any, Literal
 
@@ -251,7 +252,13 @@ def _loss_line(
         federation.pad_id,
         federation.settings.evaluation,
     )
-    return {"round": round_, "model": kind, "client": name, **loss_summary(losses)}
+    summary = loss_summary(losses)
+    if not isfinite(summary["loss"]):
+        raise PomonaError(
+            f'client "{name}": the loss of the {kind} model is not finite after round {round_}; '
+            "lower local.learning_rate, or check the base model"
+        )
+    return {"round": round_, "model": kind, "client": name, **summary}
 
 
 def _communication(

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +27,7 @@ def atomic_file(path: Path) -> Generator[Path]:
 
     Raises `PomonaError` naming `path` when the disk is full, read-only or otherwise refuses.
     """
+    path = path.absolute()
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,11 +36,16 @@ def atomic_file(path: Path) -> Generator[Path]:
         partial.replace(path)
         _sync(path.parent)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        _discard(partial)
         raise cannot_write(path, error) from error
     except BaseException:
-        partial.unlink(missing_ok=True)
+        _discard(partial)
         raise
+
+
+def _discard(partial: Path) -> None:
+    with suppress(OSError):  # it may lie below a file that was taken for a folder
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -48,6 +54,7 @@ def atomic_folder(path: Path) -> Generator[Path]:
 
     `path` must be absent or an empty folder. Raises `PomonaError` when the disk refuses.
     """
+    path = path.absolute()
     partial = path.with_name(f".{path.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -63,6 +70,13 @@ def atomic_folder(path: Path) -> Generator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def follow_umask(path: Path) -> None:
+    """Give a file the mode that the user's umask says; safetensors writes for the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def cannot_write(path: Path, error: OSError) -> PomonaError:

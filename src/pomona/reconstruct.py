@@ -17,7 +17,7 @@ from pomona.artifacts.reconstruction_records import read_records, write_records
 from pomona.artifacts.workspace import Workspace
 from pomona.data.texts import consecutive_windows, digest, sample_windows
 from pomona.errors import PomonaError
-from pomona.files import atomic_folder, write_json, write_text
+from pomona.files import atomic_folder, cannot_write, write_json, write_text
 from pomona.models.dense import MixtureSizes, container_of, dense_family
 from pomona.models.experts import find_expert_sites, freeze
 from pomona.models.loading import (
@@ -171,7 +171,7 @@ def _assemble(
     shared = plan.shared_LS.shape[1]
     sizes = MixtureSizes(
         settings.experts, settings.active, width, shared, settings.compensation.biased
-    )
+    ).aligned()
     container = container_of(family, sizes)
     config = container.config(checkpoint.config, sizes)
     grouped = [_share(calibration.windows, group) for group in plan.groups]
@@ -180,13 +180,13 @@ def _assemble(
 
     with atomic_folder(out) as partial:
         counted = _Counted()
-        tensors = mixture_tensors(checkpoint, family, container, plan, refits, routers)
+        tensors = mixture_tensors(checkpoint, family, container, sizes, plan, refits, routers)
         write_sharded(partial, counted.passing(tensors))
         write_json(partial / "config.json", config)
         for name in _TOKENIZER_FILES:
             _copy(checkpoint.folder / name, partial / name)
         dense_size = sum(p.numel() for p in base.parameters())
-        idle = (sizes.experts - sizes.active) * 3 * width * base.config.hidden_size
+        idle = (sizes.experts - sizes.active) * 3 * sizes.width * base.config.hidden_size
         made = Reconstruction(
             out,
             container.name,
@@ -317,9 +317,12 @@ def _windows(
 
 
 def _share(windows: Mapping[str, Tensor], group: Sequence[str]) -> Tensor:
-    """Give every domain of a group an equal share of the group's windows (DIVE, section 3.2)."""
-    each = max(1, len(windows[group[0]]) // len(group))
-    return torch.cat([windows[domain][:each] for domain in group])
+    """Give every domain of a group an equal share of the group's windows (DIVE, section 3.2).
+
+    The domains take turns, so that whoever reads only the first windows sees all of them.
+    """
+    each = max(1, min(len(windows[domain]) for domain in group) // len(group))
+    return torch.stack([windows[domain][:each] for domain in group], dim=1).flatten(0, 1)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -333,6 +336,10 @@ def _copy(source: Path, target: Path) -> None:
 def _check_out(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PomonaError(f"{out} exists and is not empty; choose a new folder")
+    try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(out, error) from error
 
 
 def _check_length(length: int, context: int, folder: Path) -> None:

@@ -159,3 +159,28 @@ def test_fewer_domains_than_experts_are_split(dense_dir, tmp_path, source):
         ["a 1", "a 2", "b 1", "b 2"] if source == "few" else ["a 1", "a 2", "a 3", "a 4"]
     )
     assert logits_of(tmp_path / "out").isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen2"])
+@pytest.mark.parametrize("planner", [TopChannels(), TopChannels(shared=0.3)])
+def test_ragged_widths_are_padded_and_the_result_runs(tmp_path, kind, planner):
+    """43 channels are no multiple of what grouped products take; zeros beside them change nothing."""
+    dense = save_model(tmp_path / "dense", kind, intermediate_size=172)
+    settings = replace(SMALL, keep=0.25, planner=planner)
+    made = reconstruct(dense, DOMAINS, tmp_path / "out", settings)
+    assert made.plan.keep_LEW.shape[2] == 43
+    assert made.sizes.width == 48
+    assert made.sizes.shared % 8 == 0
+    logits = logits_of(tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", experts_implementation="eager")
+    tokens = torch.randint(3, 300, (3, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_ragged_whole_is_still_the_dense_model(tmp_path):
+    dense = save_model(tmp_path / "dense", "Llama", intermediate_size=172)
+    settings = replace(SMALL, keep=0.7, grouping="all", planner=TopChannels(shared=0.3))
+    made = reconstruct(dense, DOMAINS, tmp_path / "out", settings)
+    assert (made.sizes.width, made.sizes.shared) == (120, 56)
+    torch.testing.assert_close(logits_of(tmp_path / "out"), logits_of(dense), rtol=1e-4, atol=2e-5)

@@ -49,7 +49,7 @@ def test_a_loss_that_is_not_finite_is_named():
     def losses(step):
         return (weight * torch.tensor([[1.0], [float("nan") if step else 1.0], [1.0]])).sum(1)
 
-    with pytest.raises(PomonaError, match="client 1 of the cohort is not finite at step 1"):
+    with pytest.raises(PomonaError, match="client 1 of the cohort diverged at step 1"):
         fit([weight], losses, 3, lambda _: 0.1, AdamW())
 
 

@@ -25,7 +25,7 @@ from pomona.errors import PomonaError
 from pomona.federation.graft import Graft
 from pomona.federation.strategies import ServerState
 from pomona.federation.update import ClientState
-from pomona.files import cannot_write, hold, read_object, write_json, write_text
+from pomona.files import cannot_write, damaged, hold, read_object, write_json, write_text
 from pomona.models.lora import LoRA
 from pomona.models.peft_format import write_adapter
 from pomona.models.weights import read_tensors, write_tensors
@@ -74,11 +74,14 @@ class RunDirectory:
     @staticmethod
     def _prepare(path: Path, recipe: str, about: Mapping[str, Any]) -> None:
         """Clear what a killed process left half-written, and see whose folder it is."""
-        for partial in path.rglob(".*.partial"):
-            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
-        if not any(path.iterdir()):
+        if _unbegun(path):
             write_json(path / "run.json", {"format": FORMAT, **_versions(), **about})
+            write_text(path / "recipe.toml", recipe)
         _check_same(path, recipe)
+        for partial in path.rglob(".*.partial"):  # only now is it known to be ours
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+        if (path / "results.json").is_file():
+            shutil.rmtree(path / "checkpoint", ignore_errors=True)
 
     def __enter__(self) -> Self:
         return self
@@ -97,8 +100,12 @@ class RunDirectory:
         if state is None:
             (self.path / "metrics.jsonl").unlink(missing_ok=True)
             return None
-        with (self.path / "metrics.jsonl").open("r+b") as metrics:
-            metrics.truncate(state["metrics_bytes"])
+        metrics_path = self.path / "metrics.jsonl"
+        length = int(state["metrics_bytes"])
+        if not metrics_path.is_file() or metrics_path.stat().st_size < length:
+            raise damaged(metrics_path, f"{length} bytes of it were committed")
+        with metrics_path.open("r+b") as metrics:
+            metrics.truncate(length)
         tensors = read_tensors(self.path / "checkpoint" / state["server"])
         server = ServerState(_part(tensors, "shared"), _part(tensors, "memory"))
         return Snapshot(state["round"], server, state["clients"])
@@ -172,7 +179,12 @@ class RunDirectory:
 
     def _read_state(self) -> dict[str, Any] | None:
         path = self.path / "checkpoint" / "state.json"
-        return read_object(path) if path.is_file() else None
+        if not path.is_file():
+            return None
+        state = read_object(path)
+        if not {"round", "metrics_bytes", "server", "clients"} <= state.keys():
+            raise damaged(path, "it lacks what a committed round says")
+        return state
 
     def _append(self, name: str, entries: Sequence[Mapping[str, Any]]) -> int:
         path = self.path / name
@@ -200,6 +212,12 @@ def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
 
 
+def _unbegun(path: Path) -> bool:
+    """Whether a folder is empty but for what a process killed at its very start has left."""
+    early = {"run.json", ".run.json.partial", ".recipe.toml.partial"}
+    return {entry.name for entry in path.iterdir()} <= early
+
+
 def _check_same(path: Path, recipe: str) -> None:
     """A folder belongs to one recipe for good."""
     known, about = path / "recipe.toml", path / "run.json"
@@ -208,8 +226,8 @@ def _check_same(path: Path, recipe: str) -> None:
     if read_object(about).get("format") != FORMAT:
         raise PomonaError(f"{path} was written by another version of Pomona; choose a new folder")
     if not known.is_file():
-        write_text(known, recipe)
-    elif known.read_text("utf-8") != recipe:
+        raise PomonaError(f"{known} is missing; restore it or choose a new folder")
+    if known.read_bytes() != recipe.encode():
         raise PomonaError(
             f"{path} holds the run of another recipe ({known}); choose a new folder, or give "
             "that recipe to go on with it"

@@ -6,8 +6,6 @@ from typing import Annotated
 
 import typer
 
-from pomona.errors import PomonaError
-
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML file of the federation.")]
 Out = Annotated[Path, typer.Option("--out", metavar="RUN", help="Run folder, new or to go on.")]
 Model = Annotated[
@@ -36,7 +34,7 @@ def federate(recipe: Recipe, out: Out, model: Model = None, seed: Seed = None) -
     with RunDirectory.open(out, dump(settings), about) as run, progress_bars() as progress:
         try:
             run_federation(settings, run, progress)
-        except PomonaError:
+        except BaseException:
             _forget_unbegun(out, before)
             raise
     print_comparison([out])

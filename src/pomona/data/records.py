@@ -15,6 +15,8 @@ def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         try:
             record = json.loads(line)
+        except RecursionError as error:
+            raise PomonaError(f"{path}:{number}: nested too deeply; write a flat object") from error
         except json.JSONDecodeError as error:
             raise PomonaError(
                 f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno}); "
@@ -47,4 +49,11 @@ def text_field(record: dict[str, Any], name: str, where: str, *, required: bool 
     value = record[name]
     if not isinstance(value, str):
         raise PomonaError(f'{where}: the field "{name}" is {value!r}; it should be text')
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise PomonaError(
+            f'{where}: the field "{name}" holds half a character ({error.object[error.start]!r}); '
+            "write it whole"
+        ) from error
     return value

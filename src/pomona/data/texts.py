@@ -39,10 +39,8 @@ def read_domains(
             )
         domains[name] = read_texts(path)
     if not domains:
-        kind = "held-out .valid." if held_out else ""
-        raise PomonaError(
-            f"{source} holds no {kind} .jsonl or .txt files; put one per domain there"
-        )
+        kind = "held-out .valid. " if held_out else ""
+        raise PomonaError(f"{source} holds no {kind}.jsonl or .txt files; put one per domain there")
     return domains
 
 

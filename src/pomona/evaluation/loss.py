@@ -66,5 +66,5 @@ def window_losses(
 
 
 def perplexity(nats: float) -> float:
-    """Return exp(nats per token)."""
-    return math.exp(nats)
+    """Return exp(nats per token); infinite where no float holds it."""
+    return math.exp(nats) if nats < 709 else math.inf

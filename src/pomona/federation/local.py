@@ -18,7 +18,7 @@ from pomona.federation.sampling import batches
 from pomona.federation.strategies.protocol import Strategy
 from pomona.federation.update import ClientState, split, stack, unstack
 from pomona.shapes import PerClient
-from pomona.training.loop import AdamW, fit
+from pomona.training.loop import AdamW, NotFiniteError, fit
 from pomona.training.loss import completion_losses
 from pomona.training.schedule import cosine
 
@@ -97,14 +97,17 @@ def train_cohort(
         return loss_C if penalty_C is None else loss_C + penalty_C
 
     rate = cosine(training.learning_rate, training.final_learning_rate, round_ - 1, rounds)
-    with base.attach(state):
-        history = fit(
-            [*trainable[0].values(), *trainable[1].values()],
-            losses,
-            training.steps,
-            lambda _step: rate,
-            training.optimiser,
-        )
+    parameters = [*trainable[0].values(), *trainable[1].values()]
+    try:
+        with base.attach(state):
+            history = fit(
+                parameters, losses, training.steps, lambda _step: rate, training.optimiser
+            )
+    except NotFiniteError as error:
+        raise PomonaError(
+            f'training of client "{tasks[error.client].client}" diverged in round {round_}; lower '
+            "local.learning_rate or train in float32"
+        ) from error
     return unstack(state, len(tasks)), history.T
 
 

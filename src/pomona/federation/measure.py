@@ -41,6 +41,11 @@ class Evaluation:
                 raise PomonaError(
                     f"evaluation {name} {getattr(self, name)} is not positive; use 1 or more"
                 )
+        for name in ("rows", "answers"):
+            if getattr(self, name) < 0:
+                raise PomonaError(
+                    f"evaluation {name} {getattr(self, name)} is negative; use 0 or more"
+                )
 
 
 def losses_of(

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pomona.errors import PomonaError
-from pomona.files import atomic_file, damaged, read_object, write_json
+from pomona.files import atomic_file, damaged, follow_umask, read_object, write_json
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -106,6 +106,7 @@ def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> N
 
 def _write_shard(folder: Path, number: int, tensors: dict[str, Tensor]) -> list[str]:
     _save(tensors, folder / f"shard-{number}", {"format": "pt"})
+    follow_umask(folder / f"shard-{number}")
     return list(tensors)
 
 

@@ -59,7 +59,8 @@ def estimate(
     shared = round(share_of(settings.planner) * channels)
     sizes = MixtureSizes(
         settings.experts, settings.active, width, shared, settings.compensation.biased
-    )
+    ).aligned()
+    width, shared = sizes.width, sizes.shared
     rest = dense - layers * 3 * hidden * channels
     router = hidden * settings.experts if settings.experts > 1 else 0
     total = rest + layers * (3 * hidden * (settings.experts * width + shared) + router)

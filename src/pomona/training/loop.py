@@ -11,6 +11,17 @@ from pomona.errors import PomonaError
 from pomona.shapes import PerClient
 
 
+class NotFiniteError(PomonaError):
+    """A loss or parameter of one client, by its place in the cohort, left the numbers at a step."""
+
+    def __init__(self, client: int, step: int) -> None:
+        super().__init__(
+            f"training of client {client} of the cohort diverged at step {step}; lower the learning "
+            "rate or train in float32"
+        )
+        self.client = client
+
+
 @dataclass(frozen=True)
 class AdamW:
     """Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019.
@@ -23,6 +34,14 @@ class AdamW:
     epsilon: float = 1e-8
     weight_decay: float = 0.0
     clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise PomonaError(f"{name} {getattr(self, name)} is not between 0 and 1")
+        for name in ("epsilon", "weight_decay", "clip"):
+            if not getattr(self, name) >= 0:
+                raise PomonaError(f"{name} {getattr(self, name)} is negative; use 0 or more")
 
     def build(self, parameters: Sequence[Tensor]) -> torch.optim.AdamW:
         """Return torch's optimiser; it works element by element, so stacking changes nothing."""
@@ -59,7 +78,7 @@ def fit(
     `losses(i)` gives one loss per client for the i-th batch; their sum is differentiated once, and
     `accumulate` batches make a step. With `resume` training goes on where those moments were taken:
     the parameters have to be those of that step. `after` sees the moments and losses of every step.
-    Raises `PomonaError` at the first loss that is not finite, naming the client's place in the cohort.
+    Raises `NotFiniteError` for the first client whose loss, or parameters at the end, are not finite.
     """
     engine = optimiser.build(parameters)
     if resume is not None:
@@ -76,6 +95,10 @@ def fit(
         history.append(loss_C)
         if after is not None:
             after(_moments(engine, parameters, step + 1), loss_C)
+    for parameter in parameters:
+        good_C = parameter.detach().flatten(1).isfinite().all(dim=1)
+        if not bool(good_C.all()):
+            raise NotFiniteError(int((~good_C).nonzero()[0]), steps - 1)
     return torch.stack(history) if history else torch.zeros(0, 1)
 
 
@@ -85,11 +108,7 @@ def sum_of_steps(losses: Callable[[int], PerClient], step: int, accumulate: int)
     for part in range(accumulate):
         loss_C = losses(step * accumulate + part) / accumulate
         if not bool(loss_C.isfinite().all()):
-            culprit = int((~loss_C.isfinite()).nonzero()[0])
-            raise PomonaError(
-                f"the loss of client {culprit} of the cohort is not finite at step {step}; "
-                "lower the learning rate or train in float32"
-            )
+            raise NotFiniteError(int((~loss_C.isfinite()).nonzero()[0]), step)
         loss_C.sum().backward()
         total = loss_C.detach() if total is None else total + loss_C.detach()
     assert total is not None

@@ -1,13 +1,16 @@
 """What reconstruction needs to know of a dense family, and of the stock models that hold the result."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as fn
 
 from pomona.models.weights import Checkpoint
+
+ALIGNMENT = 8  # channels: grouped matrix products want rows of 16 bytes, in bfloat16 too
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,16 @@ class MixtureSizes:
     shared: int = 0
     biased: bool = False
 
+    def aligned(self) -> Self:
+        """Return sizes whose widths grouped products take; a single expert stays as it is."""
+        if self.experts == 1:
+            return self
+        return replace(self, width=_up(self.width), shared=_up(self.shared))
+
+
+def _up(width: int) -> int:
+    return -(-width // ALIGNMENT) * ALIGNMENT
+
 
 @dataclass(frozen=True)
 class GatedFFN:
@@ -29,6 +42,12 @@ class GatedFFN:
     up_WD: Float[Tensor, "W D"] = field(repr=False)
     down_DW: Float[Tensor, "D W"] = field(repr=False)
     bias_D: Float[Tensor, " D"] | None = field(default=None, repr=False)
+
+    def padded(self, width: int) -> Self:
+        """Return the same function with `width` channels: those added are zero."""
+        more = width - len(self.gate_WD)
+        gate_WD, up_WD = (fn.pad(part, (0, 0, 0, more)) for part in (self.gate_WD, self.up_WD))
+        return replace(self, gate_WD=gate_WD, up_WD=up_WD, down_DW=fn.pad(self.down_DW, (0, more)))
 
 
 @dataclass(frozen=True)

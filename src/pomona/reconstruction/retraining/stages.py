@@ -24,7 +24,7 @@ from pomona.reconstruction.retraining.trainable import (
 )
 from pomona.seeds import numpy_generator, torch_generator
 from pomona.shapes import PerClient, Tokens
-from pomona.training.loop import Moments, fit
+from pomona.training.loop import Moments, NotFiniteError, fit
 from pomona.training.schedule import warm_cosine
 
 STAGES = ("router", "experts")
@@ -124,16 +124,21 @@ def _run(
             progress(f"retraining {stage}", moments.step, steps)
             after(StageState(stage, routers, parameters, moments), float(loss_C))
 
-        fit(
-            parameters,
-            losses,
-            steps,
-            lambda step: warm_cosine(own.learning_rate, lowest, step, steps, warm),
-            settings.optimiser,
-            settings.accumulate,
-            resume.moments if resume else None,
-            tell,
-        )
+        try:
+            fit(
+                parameters,
+                losses,
+                steps,
+                lambda step: warm_cosine(own.learning_rate, lowest, step, steps, warm),
+                settings.optimiser,
+                settings.accumulate,
+                resume.moments if resume else None,
+                tell,
+            )
+        except NotFiniteError as error:
+            raise PomonaError(
+                f"retraining diverged in the stage {stage}; lower retrain.{stage}.learning_rate"
+            ) from error
     merge(student)
     if soft_stage:
         scale_routers(sites, 1 / settings.router.temperature)
