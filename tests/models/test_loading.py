@@ -85,3 +85,11 @@ def test_a_folder_is_itself_and_a_path_that_is_none_is_told(copy, tmp_path):
     for wrong in (tmp_path / "none", "./none", "a/b/c", "none"):
         with pytest.raises(PomonaError, match=r"(none|a/b/c) is not a folder"):
             checkpoint_folder(wrong)
+
+
+def test_a_config_with_a_wrong_type_is_told(dense_dir, tmp_path):
+    shutil.copytree(dense_dir, tmp_path / "m")
+    path = tmp_path / "m/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_size": "x"}))
+    with pytest.raises(PomonaError, match=r"config.json is wrong: .*'hidden_size'.*; repair it"):
+        load_model(tmp_path / "m")

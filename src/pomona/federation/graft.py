@@ -9,6 +9,7 @@ through the resident weights.
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Literal, get_args
 
 import torch
@@ -47,6 +48,8 @@ class Graft:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise PomonaError(f"graft rank {self.rank} is not positive; use 1 or more")
+        if not isfinite(self.alpha):
+            raise PomonaError(f"graft alpha {self.alpha} is not finite; use for example 16")
         for name, kinds in (("form", GraftForm), ("gate", GateStart)):
             if getattr(self, name) not in get_args(kinds):
                 known = ", ".join(get_args(kinds))

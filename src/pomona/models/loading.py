@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
@@ -33,8 +34,13 @@ def load_model(source: str | Path, dtype: Dtype = "auto") -> PreTrainedModel:
             ignore_mismatched_sizes=True,  # told below, by name
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise PomonaError(f"cannot load a model from {source}: {_first_line(error)}") from error
+    except StrictDataclassError as error:  # a field of config.json has the wrong type
+        told = " ".join(str(error).split())
+        raise PomonaError(f"{source}: config.json is wrong: {told}; repair it") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise PomonaError(
+            f"cannot load a model from {source}: {_first_line(error)}; check the name and its config.json"
+        ) from error
     model, found = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
     _check_complete(source, found)
     return model

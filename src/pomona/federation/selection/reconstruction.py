@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pomona.data.examples import Batch
+from pomona.errors import PomonaError
 from pomona.models.attachment import Attachment
 from pomona.models.experts import ExpertSite
 
@@ -23,6 +24,10 @@ class Reconstruction:
     """
 
     rows: int = 128
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise PomonaError(f"selection rows {self.rows} is not positive; use for example 128")
 
     def __call__(
         self, model: nn.Module, sites: Sequence[ExpertSite], batches: Sequence[Batch], seed: int
