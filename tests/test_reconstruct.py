@@ -18,6 +18,7 @@ from pomona.errors import PomonaError
 from pomona.evaluate import measure
 from pomona.reconstruct import ReconstructSettings, reconstruct
 from pomona.reconstruction.router import Fitted, RandomRouter
+from pomona.reconstruction.specialise import Specialise
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Mistral"])
@@ -52,7 +53,12 @@ def test_experts_are_the_planned_channels(dense_dir, tmp_path):
     from pomona.models.experts import find_expert_sites
     from pomona.reconstruction.compensate import NoCompensation
 
-    reconstruct(dense_dir, DOMAINS, tmp_path / "out", replace(SMALL, compensation=NoCompensation()))
+    reconstruct(
+        dense_dir,
+        DOMAINS,
+        tmp_path / "out",
+        replace(SMALL, compensation=NoCompensation(), specialise=Specialise(rounds=0)),
+    )
     plan = json.loads((tmp_path / "out/reconstruction/plan.json").read_text())
     dense = AutoModelForCausalLM.from_pretrained(dense_dir)
     for layer, site in enumerate(
@@ -97,7 +103,8 @@ def test_real_model_and_domains(models_dir, data_dir, tmp_path):
         experts=4, keep=0.5, windows=4, length=128, affinity="scores", seed=1
     )
     some = {name: texts[:150] for name, texts in domains.items()}
-    for name, settings in (("fitted", small), ("random", replace(small, router=RandomRouter()))):
+    random = replace(small, router=RandomRouter(), specialise=Specialise(rounds=0))
+    for name, settings in (("fitted", small), ("random", random)):
         reconstruct(dense, some, tmp_path / name, settings)
     for name, text in held.items():
         (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in text))

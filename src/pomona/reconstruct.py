@@ -6,7 +6,8 @@ compensate → route → assemble → retrain.
 
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from pomona.artifacts.workspace import Workspace
 from pomona.data.texts import consecutive_windows, digest, sample_windows
 from pomona.errors import PomonaError
 from pomona.files import atomic_folder, cannot_write, write_json, write_text
-from pomona.models.dense import MixtureSizes, container_of, dense_family
+from pomona.models.dense import DenseFamily, container_of, dense_family
 from pomona.models.experts import find_expert_sites, freeze
 from pomona.models.loading import (
     checkpoint_folder,
@@ -26,14 +27,15 @@ from pomona.models.loading import (
     load_model,
     load_tokenizer,
 )
+from pomona.models.placement import Placement, moved, placed
 from pomona.models.weights import Checkpoint, write_sharded
 from pomona.progress import Progress, silent
 from pomona.reconstruction.affinity import DomainAffinity, perplexity_affinity, score_affinity
-from pomona.reconstruction.assemble import mixture_tensors, no_router
+from pomona.reconstruction.assemble import mixture_tensors
 from pomona.reconstruction.calibrate import ChannelStats, calibrate
 from pomona.reconstruction.cluster import Clusters, cluster, random_groups, refine
-from pomona.reconstruction.compensate import Refit
 from pomona.reconstruction.estimate import Estimate, estimate
+from pomona.reconstruction.experts import layer_experts
 from pomona.reconstruction.ffn import DenseModel, dense_model, mean_hidden
 from pomona.reconstruction.plan import ExpertPlan
 from pomona.reconstruction.planners import Calibration
@@ -41,10 +43,12 @@ from pomona.reconstruction.result import Reconstruction
 from pomona.reconstruction.retraining import Retraining, StageState, retrain
 from pomona.reconstruction.scores import score_layers
 from pomona.reconstruction.settings import ReconstructSettings
+from pomona.reconstruction.specialise import LayerExperts
 from pomona.shapes import Tokens
 
 __all__ = ["Estimate", "ReconstructSettings", "Reconstruction", "preview", "reconstruct"]
 
+_HERE = Placement()
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -74,34 +78,46 @@ def reconstruct(
     settings: ReconstructSettings,
     progress: Progress = silent,
     text: Sequence[str] | None = None,
+    placement: Placement = _HERE,
 ) -> Reconstruction:
     """Make a mixture of experts of the dense checkpoint `model`, a folder or a Hub id.
 
     `domains` maps names to documents (`ReconstructSettings.split_domains` if they are few); `text` is
-    what to retrain on, the domains' own if None. `out` must be new or empty; it appears whole or not at
-    all. With retraining, what is done so far is kept in `.OUT.work`, and the same call goes on from
-    there. Raises `PomonaError` naming what is wrong with the model, a domain or the disk.
+    what to retrain on, the domains' own if None. `placement` says where the weights lie meanwhile.
+    `out` must be new or empty; it appears whole or not at all. With retraining, what is done so far is
+    kept in `.OUT.work`, and the same call goes on from there. Raises `PomonaError` naming what is wrong
+    with the model, a domain or the disk.
     """
     _check_out(out)
     settings.check_domains(list(domains))
-    if settings.retrain is None:
-        return _assemble(model, domains, out, settings, progress)
+    checkpoint = Checkpoint.open(checkpoint_folder(model))
+    _check_fits(checkpoint, settings)
     documents = [document for own in domains.values() for document in own]
     documents = list(text) if text is not None else documents
     identity = {"model": str(model), "settings": settings.to_json(), "text": digest(documents)}
     with Workspace.open(out, identity) as work:
-        if not work.mixture.is_dir():
-            _assemble(model, domains, work.mixture, settings, progress)
-        made = _retrain(model, documents, work, out, settings, settings.retrain, progress)
+        if settings.retrain is None:
+            made = _assemble(str(model), checkpoint, domains, out, settings, progress, placement)
+        else:
+            if not work.mixture.is_dir():
+                given = (work.mixture, settings, progress, placement)
+                _assemble(str(model), checkpoint, domains, *given)
+            how = settings.retrain
+            made = _retrain(model, documents, work, out, settings, how, progress, placement)
         work.remove()
     return made
 
 
-def preview(model: str | Path, domains: Sequence[str], settings: ReconstructSettings) -> Estimate:
+def preview(
+    model: str | Path,
+    domains: Sequence[str],
+    settings: ReconstructSettings,
+    placement: Placement = _HERE,
+) -> Estimate:
     """Return what `reconstruct` would make and what it would cost, without making it."""
     settings.check_domains(domains)
     checkpoint = Checkpoint.open(checkpoint_folder(model))
-    return estimate(checkpoint, dense_family(checkpoint), settings, len(domains))
+    return estimate(checkpoint, dense_family(checkpoint), settings, len(domains), placement)
 
 
 def _retrain(
@@ -112,13 +128,15 @@ def _retrain(
     settings: ReconstructSettings,
     how: Retraining,
     progress: Progress,
+    placement: Placement,
 ) -> Reconstruction:
     """Retrain the mixture in the workspace and write it to `out`, merged."""
-    student = load_model(work.mixture, how.dtype)
+    device = placement.torch_device()
+    student = moved(load_model(work.mixture, how.dtype), device)
     stored = Checkpoint.open(work.mixture).config.get("dtype")
     teacher = None
     if how.objective.loss == "distil":
-        teacher = load_model(checkpoint_folder(model), how.dtype)
+        teacher = moved(load_model(checkpoint_folder(model), how.dtype), device)
         freeze(teacher)
     _check_length(how.length, context_length(student), work.mixture)
     windows_BT = consecutive_windows(documents, load_tokenizer(work.mixture), how.length)
@@ -139,7 +157,7 @@ def _retrain(
     retrain(student, sites, teacher, windows_BT, how, settings.seed, resume, after, progress)
     made = read_records(work.mixture / "reconstruction", out)
     with atomic_folder(out) as partial:
-        student.to(getattr(torch, stored or how.dtype)).save_pretrained(partial)
+        moved(student, getattr(torch, stored or how.dtype)).save_pretrained(partial)
         for kept in (*_TOKENIZER_FILES, "reconstruction"):
             _copy(work.mixture / kept, partial / kept)
         write_json(partial / "reconstruction" / "retraining.json", {"losses": history})
@@ -148,59 +166,76 @@ def _retrain(
 
 
 def _assemble(
-    model: str | Path,
+    model: str,
+    checkpoint: Checkpoint,
     domains: Mapping[str, Sequence[str]],
     out: Path,
     settings: ReconstructSettings,
     progress: Progress,
+    placement: Placement,
 ) -> Reconstruction:
     """Write the mixture as calibration leaves it."""
-    checkpoint = Checkpoint.open(checkpoint_folder(model))
     family = dense_family(checkpoint)
-    base = load_model(checkpoint.folder, "float32")
-    _check_length(settings.length, context_length(base), checkpoint.folder)
-    freeze(base)
-    dense = dense_model(base, family)
-    width = settings.width(dense.channels)
+    with placed(checkpoint, family, settings.dtype, placement) as base:
+        _check_length(settings.length, context_length(base), checkpoint.folder)
+        freeze(base)
+        dense = dense_model(base, family, checkpoint)
+        width = settings.width(dense.channels)
+        calibration = _calibrate(checkpoint.folder, dense, domains, settings, progress)
+        groups = _group(checkpoint.folder, calibration, domains, width, settings, progress)
+        plan = settings.planner(
+            calibration, groups.names, settings.score, width, settings.active, settings.seed
+        )
+        shares = [_share(calibration.windows, group) for group in plan.groups]
+        at_once = placement.layers or len(dense.ffns)
+        experts = layer_experts(dense, shares, plan, settings, at_once, progress)
+        return _write(model, checkpoint, family, plan, groups, experts, out, settings)
 
-    calibration = _calibrate(checkpoint.folder, dense, domains, settings, progress)
-    groups = _group(checkpoint.folder, calibration, domains, width, settings, progress)
-    plan = settings.planner(
-        calibration, groups.names, settings.score, width, settings.active, settings.seed
-    )
-    shared = plan.shared_LS.shape[1]
-    sizes = MixtureSizes(
-        settings.experts, settings.active, width, shared, settings.compensation.biased
-    ).aligned()
+
+def _write(
+    model: str,
+    checkpoint: Checkpoint,
+    family: DenseFamily,
+    plan: ExpertPlan,
+    groups: _Groups,
+    experts: Iterable[LayerExperts],
+    out: Path,
+    settings: ReconstructSettings,
+) -> Reconstruction:
+    """Write the checkpoint while its layers are made, then what is known of it."""
+    sizes = settings.sizes(plan.channels)
     container = container_of(family, sizes)
-    config = container.config(checkpoint.config, sizes)
-    grouped = [_share(calibration.windows, group) for group in plan.groups]
-    refits = _compensate(dense, grouped, plan, settings, progress)
-    routers = _route(dense, grouped, plan, refits, settings, progress)
-
+    counted, kept = _Counted(), list[Tensor]()
+    noted = _noting(experts, kept)
     with atomic_folder(out) as partial:
-        counted = _Counted()
-        tensors = mixture_tensors(checkpoint, family, container, sizes, plan, refits, routers)
+        tensors = mixture_tensors(checkpoint, family, container, sizes, plan.shared_LS, noted)
         write_sharded(partial, counted.passing(tensors))
-        write_json(partial / "config.json", config)
+        write_json(partial / "config.json", container.config(checkpoint.config, sizes))
         for name in _TOKENIZER_FILES:
             _copy(checkpoint.folder / name, partial / name)
-        dense_size = sum(p.numel() for p in base.parameters())
-        idle = (sizes.experts - sizes.active) * 3 * sizes.width * base.config.hidden_size
+        hidden = checkpoint.shape(f"{family.mlp.format(layer=0)}.down_proj.weight")[0]
+        idle = (sizes.experts - sizes.active) * 3 * sizes.width * hidden
         made = Reconstruction(
             out,
             container.name,
             sizes,
-            plan,
+            replace(plan, keep_LEW=torch.stack(kept)),
             groups.affinity,
             groups.clusters,
             counted.parameters,
-            counted.parameters - idle * len(dense.ffns),
-            dense_size,
+            counted.parameters - idle * len(kept),
+            sum(prod(checkpoint.shape(name)) for name in checkpoint.files),
         )
         write_records(partial / "reconstruction", made, settings)
-        write_text(partial / "README.md", mixture_card(str(model), made, settings))
+        write_text(partial / "README.md", mixture_card(model, made, settings))
     return made
+
+
+def _noting(experts: Iterable[LayerExperts], kept: list[Tensor]) -> Iterator[LayerExperts]:
+    """Note which channels the experts keep as they stream by."""
+    for layer in experts:
+        kept.append(layer.keep_EW)
+        yield layer
 
 
 class _Counted:
@@ -226,6 +261,10 @@ def _calibrate(
     windows = _windows(folder, domains, settings, settings.windows, "calibration")
     if settings.grouping == "affinity":
         windows = refine(windows, lambda own_BT: mean_hidden(dense, own_BT), settings.experts)
+    if settings.score.gradients and dense.downs[0].weight.device.type == "meta":
+        raise PomonaError(
+            "the score taylor needs a backward pass, which offloaded weights cannot give"
+        )
     stats: dict[str, list[ChannelStats]] = {}
     for done, (name, windows_BT) in enumerate(windows.items()):
         progress("calibrating", done, len(windows))
@@ -265,39 +304,6 @@ def _group(
         )
     clusters = cluster(affinity, settings.experts, settings.linkage)
     return _Groups(clusters.groups, affinity, clusters)
-
-
-def _compensate(
-    dense: DenseModel,
-    windows: Sequence[Tensor],
-    plan: ExpertPlan,
-    settings: ReconstructSettings,
-    progress: Progress,
-) -> list[Sequence[Refit]]:
-    """Return every layer's refits, one per expert."""
-    per_expert: list[Sequence[Refit]] = []
-    for expert, windows_BT in enumerate(windows):
-        progress("compensating", expert, len(windows))
-        per_expert.append(settings.compensation(dense, windows_BT, plan, expert))
-    progress("compensating", len(windows), len(windows))
-    return list(zip(*per_expert, strict=True))
-
-
-def _route(
-    dense: DenseModel,
-    windows: Sequence[Tensor],
-    plan: ExpertPlan,
-    refits: Sequence[Sequence[Refit]],
-    settings: ReconstructSettings,
-    progress: Progress,
-) -> list[Tensor]:
-    if len(windows) == 1:
-        return no_router(len(dense.ffns), dense.downs[0].out_features)
-    progress("routing", 0, 1)
-    downs = [[refit.column_DW for refit in layer] for layer in refits]
-    routers = settings.router(dense, windows, plan, downs, settings.seed)
-    progress("routing", 1, 1)
-    return routers
 
 
 def _windows(
@@ -340,6 +346,14 @@ def _check_out(out: Path) -> None:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise cannot_write(out, error) from error
+
+
+def _check_fits(checkpoint: Checkpoint, settings: ReconstructSettings) -> None:
+    """Raise what the settings and the model cannot do together before anything is computed."""
+    family = dense_family(checkpoint)
+    channels = checkpoint.shape(f"{family.mlp.format(layer=0)}.down_proj.weight")[1]
+    sizes = settings.sizes(channels)
+    container_of(family, sizes).config(checkpoint.config, sizes)
 
 
 def _check_length(length: int, context: int, folder: Path) -> None:

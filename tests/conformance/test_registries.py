@@ -36,7 +36,8 @@ from pomona.reconstruction.scores import SCORES, score_layers
 @pytest.fixture(scope="module")
 def dense(dense_dir):
     model = load_model(dense_dir, "float32").eval()
-    return dense_model(model, dense_family(Checkpoint.open(dense_dir)))
+    checkpoint = Checkpoint.open(dense_dir)
+    return dense_model(model, dense_family(checkpoint), checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +121,13 @@ def test_a_planner_gives_every_expert_its_width_and_shares_no_channel_twice(
     assert torch.equal(plan.shared_LS, again.shared_LS)
     for layer, shared_S in zip(plan.keep_LEW, plan.shared_LS, strict=True):
         assert not set(shared_S.tolist()) & set(layer.flatten().tolist())
-    with pytest.raises(PomonaError):
-        planner(calibration, groups, SCORES[score](), 65, 1, 3)
+    assert planner.shared_channels(64, 2, width) == plan.shared_LS.shape[1]
+    for refused in (
+        lambda: planner(calibration, groups, SCORES[score](), 65, 1, 3),
+        lambda: planner.shared_channels(64, 2, 65),
+    ):
+        with pytest.raises(PomonaError):
+            refused()
 
 
 @pytest.mark.parametrize("kind", COMPENSATIONS)
@@ -129,7 +135,7 @@ def test_a_compensation_keeps_the_dense_columns_when_nothing_is_pruned(kind, den
     everything = torch.arange(dense.channels).repeat(len(dense.ffns), 1, 1)
     plan = ExpertPlan(everything, (("a",),), dense.channels, no_channels(len(dense.ffns)))
     compensation = COMPENSATIONS[kind]()
-    refits = compensation(dense, windows[0], plan, 0)
+    refits = compensation(dense, windows[0], plan, 0, range(len(dense.ffns)))
     assert len(refits) == len(dense.ffns)
     for refit, down in zip(refits, dense.downs, strict=True):
         torch.testing.assert_close(refit.column_DW, down.weight.detach(), rtol=1e-6, atol=1e-7)
@@ -141,10 +147,18 @@ def test_a_compensation_keeps_the_dense_columns_when_nothing_is_pruned(kind, den
 def test_a_router_gives_finite_rows_that_repeat(kind, calibration, windows):
     dense = calibration.dense
     plan = TopChannels()(calibration, [("a",), ("b",)], SCORES["wifv"](), 16, 1, 0)
-    refits = [COMPENSATIONS["none"]()(dense, windows[e], plan, e) for e in range(2)]
-    downs = [[refit.column_DW for refit in layer] for layer in zip(*refits, strict=True)]
-    first, again = (ROUTERS[kind]()(dense, windows[:2], plan, downs, 3) for _ in range(2))
+    layers = range(len(dense.ffns))
+    refits = [COMPENSATIONS["none"]()(dense, windows[e], plan, e, layers) for e in range(2)]
+    columns = [[refit.column_DW for refit in layer] for layer in zip(*refits, strict=True)]
+
+    def rows_of(some: range) -> list[torch.Tensor]:
+        own = columns[some.start : some.stop]
+        return ROUTERS[kind]()(dense, windows[:2], plan, own, some, 3)
+
+    first, again = (rows_of(layers) for _ in range(2))
     assert len(first) == len(dense.ffns)
+    for layer in layers:  # a few layers at a time are the same rows
+        assert torch.equal(rows_of(range(layer, layer + 1))[0], first[layer])
     for row_ED, same_ED in zip(first, again, strict=True):
         assert row_ED.shape == (2, dense.downs[0].out_features)
         assert row_ED.isfinite().all()

@@ -12,14 +12,21 @@ from torch.nn import functional as fn
 from transformers import AutoModelForCausalLM
 
 from pomona.errors import PomonaError
+from pomona.models.placement import Placement
 from pomona.reconstruct import ReconstructSettings, reconstruct
 from pomona.reconstruction.calibrate import merge, stats_of
 from pomona.reconstruction.compensate import Bias, NoCompensation, Ridge
 from pomona.reconstruction.planners import ActivationClusters, RandomSplit, TopChannels
 from pomona.reconstruction.router import Centroids, Fitted, RandomRouter
+from pomona.reconstruction.scores import Taylor
+from pomona.reconstruction.specialise import Specialise
 
 DOMAINS = {name: [word_text(i * 50 + j, 40) for j in range(20)] for i, name in enumerate("abcd")}
-ADDED = {"compensation": NoCompensation()}  # parts that are summed have nothing to make up for
+AS_DEALT = Specialise(rounds=0)
+ADDED = {
+    "compensation": NoCompensation(),
+    "specialise": AS_DEALT,
+}  # parts that are summed have nothing to make up for
 SMALL = ReconstructSettings(experts=2, keep=0.5, windows=8, length=32, affinity_windows=4)
 
 
@@ -48,8 +55,11 @@ def test_disjoint_experts_with_unit_gates_sum_to_the_dense_ffn(width, experts, t
 
 @pytest.mark.parametrize("router", [Fitted(), Centroids(), RandomRouter()])
 @pytest.mark.parametrize("compensation", [Ridge(), NoCompensation()])
-def test_full_keep_reproduces_the_dense_logits(dense_dir, tmp_path, router, compensation):
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_full_keep_reproduces_the_dense_logits(dense_dir, tmp_path, router, compensation, rounds):
     """Every expert is the whole FFN, so whatever the router says the weights sum to one."""
+    if rounds and not (isinstance(router, Fitted) and isinstance(compensation, Ridge)):
+        pytest.skip("what specialises is ridge and the fitted router")
     full = ReconstructSettings(
         experts=3,
         active=2,
@@ -59,6 +69,7 @@ def test_full_keep_reproduces_the_dense_logits(dense_dir, tmp_path, router, comp
         affinity_windows=2,
         router=router,
         compensation=compensation,
+        specialise=Specialise(rounds),
     )
     reconstruct(dense_dir, DOMAINS, tmp_path / "out", full)
     tokens = torch.randint(3, 300, (3, 40), generator=torch.Generator().manual_seed(0))
@@ -120,7 +131,10 @@ def test_nothing_pruned_reproduces_the_dense_logits_in_every_family(tmp_path, ki
     """Whole experts, a shared half beside the other half, or parts that add up to the whole."""
     window = {"sliding_window": None} if kind == "Mistral" else {}
     dense = save_model(tmp_path / "dense", kind, intermediate_size=64, **window)
-    router = {"router": RandomRouter(0.0)}  # equal weights: the parts' outputs are simply added
+    router = {
+        "router": RandomRouter(0.0),
+        "specialise": AS_DEALT,
+    }  # equal weights: the parts' outputs are simply added
     made = replace(SMALL, **({"grouping": "all"} | router | given))
     refused = says == "shared 0" and kind == "Qwen3"
     refused |= says == "no home for a bias" and kind != "Llama"
@@ -184,3 +198,32 @@ def test_a_ragged_whole_is_still_the_dense_model(tmp_path):
     made = reconstruct(dense, DOMAINS, tmp_path / "out", settings)
     assert (made.sizes.width, made.sizes.shared) == (120, 56)
     torch.testing.assert_close(logits_of(tmp_path / "out"), logits_of(dense), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"active": 1, "affinity": "scores"}, {"experts": 1, "active": 1}]
+)
+def test_where_weights_lie_changes_no_byte(dense_dir, tmp_path, change):
+    """Offloaded and layer by layer, or in memory and all at once: the same checkpoint."""
+    settings = replace(SMALL, **change)
+    for name, placement in (
+        ("whole", Placement()),
+        ("layer by layer", Placement("cpu", offload=False, layers=1)),
+        ("offloaded", Placement(offload=True, layers=1)),
+    ):
+        reconstruct(dense_dir, DOMAINS, tmp_path / name, settings, placement=placement)
+    expected = (tmp_path / "whole/model.safetensors").read_bytes()
+    for name in ("layer by layer", "offloaded"):
+        assert (tmp_path / name / "model.safetensors").read_bytes() == expected
+        plans = [(tmp_path / n / "reconstruction/plan.json").read_text() for n in ("whole", name)]
+        assert plans[0] == plans[1]
+
+
+def test_placements_that_are_not_there_are_refused(dense_dir, tmp_path):
+    for field, says in (({"device": "tpu"}, 'device "tpu"'), ({"layers": -1}, "layers -1")):
+        with pytest.raises(PomonaError, match=says):
+            Placement(**field)
+    taylor = replace(SMALL, score=Taylor())
+    with pytest.raises(PomonaError, match="backward pass"):
+        reconstruct(dense_dir, DOMAINS, tmp_path / "out", taylor, placement=Placement(offload=True))
+    assert list(tmp_path.iterdir()) == []

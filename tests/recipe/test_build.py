@@ -20,6 +20,7 @@ from pomona.reconstruct import ReconstructSettings
 from pomona.reconstruction.compensate import COMPENSATIONS
 from pomona.reconstruction.router import ROUTERS
 from pomona.reconstruction.scores import SCORES
+from pomona.reconstruction.specialise import Specialise
 
 GOOD = 'model = "org/name"\n'
 DATA = '[data]\ntrain = "train.jsonl"\ntest = "test.jsonl"\n'
@@ -241,8 +242,14 @@ def test_every_kind_of_a_reconstruction_survives_dump_and_build(tmp_path):
     plain = ReconstructRecipe("org/name", tmp_path / "domains")
     made = [
         *(ReconstructSettings(score=cls()) for cls in SCORES.values()),
-        *(ReconstructSettings(compensation=cls()) for cls in COMPENSATIONS.values()),
-        *(ReconstructSettings(router=cls()) for cls in ROUTERS.values()),
+        *(
+            ReconstructSettings(compensation=cls(), specialise=Specialise(rounds=0))
+            for cls in COMPENSATIONS.values()
+        ),
+        *(
+            ReconstructSettings(router=cls(), specialise=Specialise(rounds=0))
+            for cls in ROUTERS.values()
+        ),
     ]
     assert len(made) == len(SCORES) + len(COMPENSATIONS) + len(ROUTERS) >= 6
     path = tmp_path / "recipe.toml"

@@ -194,7 +194,7 @@ def test_warm_cosine_rises_then_falls():
 
 
 CASES = {
-    "two active": {},
+    "two active": {"keep": 0.25},
     "one active": {"active": 1},
     "shared": {"active": 1, "keep": 0.25, "planner": TopChannels(shared=0.25)},
     "pruned": {"experts": 1, "active": 1},
@@ -285,7 +285,7 @@ def test_checkpointing_changes_no_gradient(dense_dir, tmp_path):
             replace(
                 SHORT,
                 router=RouterStage(),
-                experts=ExpertStage(tokens=64, experts="none", router=False, norms=False),
+                experts=ExpertStage(tokens=64, experts="none", router="none", norms=False),
             ),
             "nothing would be retrained",
         ),

@@ -12,6 +12,7 @@ from pomona.errors import PomonaError
 from pomona.evaluation.loss import perplexity, text_loss
 from pomona.models.dense import LLAMA
 from pomona.models.experts import freeze
+from pomona.models.weights import Checkpoint
 from pomona.progress import silent
 from pomona.reconstruction.affinity import (
     DomainAffinity,
@@ -24,10 +25,11 @@ from pomona.reconstruction.calibrate import calibrate, saliency, stats_of
 from pomona.reconstruction.cluster import Linkage, cluster, random_groups, refine
 from pomona.reconstruction.compensate import Bias, NoCompensation, Ridge, normal_equations
 from pomona.reconstruction.ffn import dense_model, keep_mask, observe, pruned, top_channels
+from pomona.reconstruction.outputs import OutputMoments, output_moments
 from pomona.reconstruction.plan import ExpertPlan
 from pomona.reconstruction.planners import Calibration, TopChannels
 from pomona.reconstruction.planners.top_channels import common_channels
-from pomona.reconstruction.router import Fitted, expert_errors
+from pomona.reconstruction.router import Fitted
 from pomona.reconstruction.scores import SCORES, WIFV, score_layers
 
 
@@ -35,7 +37,10 @@ from pomona.reconstruction.scores import SCORES, WIFV, score_layers
 def dense(dense_dir):
     model = AutoModelForCausalLM.from_pretrained(dense_dir)
     freeze(model)
-    return dense_model(model, LLAMA)
+    return dense_model(model, LLAMA, Checkpoint.open(dense_dir))
+
+
+LAYERS = range(2)
 
 
 def windows(seed: int, rows: int = 6) -> torch.Tensor:
@@ -218,12 +223,12 @@ def test_ridge_is_the_least_squares_solution_and_beats_doing_nothing(dense, shar
     if shared:
         down = dense.downs[1].weight.detach().double()
         y = y - h[:, list(shared)] @ down[:, list(shared)].T
-    refit = Ridge(1e-9)(dense, tokens, plan, 0)[1].column_DW
+    refit = Ridge(1e-9)(dense, tokens, plan, 0, LAYERS)[1].column_DW
     solution = torch.linalg.lstsq(h[:, :20], y).solution.T
     torch.testing.assert_close(refit.double(), solution, rtol=1e-2, atol=1e-4)
 
     def error(compensation):
-        column = compensation(dense, tokens, plan, 0)[1].column_DW.double()
+        column = compensation(dense, tokens, plan, 0, LAYERS)[1].column_DW.double()
         return float((h[:, :20] @ column.T - y).square().sum())
 
     assert error(Ridge()) < error(NoCompensation())
@@ -234,7 +239,7 @@ def test_bias_is_the_mean_output_of_what_is_gone(dense):
     plan = plan_of(dense, [list(range(20))])
     _, h, _ = seen(dense, tokens)[0]
     expected = (h[:, 20:] @ dense.downs[0].weight.detach()[:, 20:].T).mean(0)
-    bias = Bias()(dense, tokens, plan, 0)[0].bias_D
+    bias = Bias()(dense, tokens, plan, 0, LAYERS)[0].bias_D
     torch.testing.assert_close(bias.float(), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -242,7 +247,8 @@ def test_normal_equations_are_sums_of_outer_products(dense):
     tokens = windows(4, 20)
     _, h, _ = seen(dense, tokens)[0]
     h = h.double()
-    gram, target = normal_equations(dense, tokens, plan_of(dense, [list(range(20))], [30]), 0)[0]
+    plan = plan_of(dense, [list(range(20))], [30])
+    gram, target = normal_equations(dense, tokens, plan, 0, LAYERS)[0]
     kept = h[:, :20]
     gone = [f for f in range(dense.channels) if f >= 20 and f != 30]
     pruned = h[:, gone] @ dense.downs[0].weight.detach().double()[:, gone].T
@@ -251,23 +257,39 @@ def test_normal_equations_are_sums_of_outer_products(dense):
         torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=1e-6)
 
 
-def test_expert_errors_against_the_experts_written_out(dense):
+def test_moments_give_the_error_of_any_routing(dense):
+    plan = plan_of(dense, [list(range(20)), list(range(30, 50))], [60, 61])
     x, h, y = seen(dense, windows(5))[0]
-    keep = torch.stack([torch.arange(0, 20), torch.arange(30, 50)])
     ffn = dense.ffns[0]
-    downs = [ffn.down_proj.weight.detach()[:, k] for k in keep]
-    errors = expert_errors(h, y, keep, downs)
-    for e, k in enumerate(keep):
+    down = ffn.down_proj.weight.detach()
+    moments = output_moments(dense, plan, 0, [down[:, k] for k in plan.keep_LEW[0]], x)
+    outputs = []
+    for k in plan.keep_LEW[0]:
         inner = torch.nn.functional.silu(x @ ffn.gate_proj.weight[k].T) * (
             x @ ffn.up_proj.weight[k].T
         )
-        expected = (inner @ downs[e].T - y).square().sum(1)
-        torch.testing.assert_close(errors[:, e], expected, rtol=1e-4, atol=1e-6)
+        outputs.append(inner @ down[:, k].T)
+    target = y - h[:, 60:62] @ down[:, 60:62].T
+    weight = torch.rand(len(x), 2, generator=torch.Generator().manual_seed(0))
+    mixed = sum(w.unsqueeze(1) * o for w, o in zip(weight.T, outputs, strict=True))
+    expected = (mixed - target).square().sum() - target.square().sum()
+    torch.testing.assert_close(moments.error(weight), expected, rtol=1e-4, atol=1e-5)
+    errors = torch.stack([(o - target).square().sum(1) for o in outputs], 1)
+    assert torch.equal(moments.best(1).argmax(1), errors.argmin(1))
+    assert torch.equal(moments.best(2), torch.full((len(x), 2), 0.5))
+
+
+def test_the_best_pair_is_found_where_two_halves_make_the_target():
+    generator = torch.Generator().manual_seed(0)
+    parts = torch.randn(50, 4, 16, generator=generator)
+    target = (parts[:, 1] + parts[:, 3]) / 2
+    moments = OutputMoments(parts @ parts.mT, (parts @ target.unsqueeze(2)).squeeze(2))
+    assert torch.equal(moments.best(2), torch.tensor([0, 0.5, 0, 0.5]).expand(50, 4))
 
 
 def test_fitted_router_learns_a_separable_choice():
     x = torch.randn(600, 8, generator=torch.Generator().manual_seed(0))
     truth = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
     best = (x @ truth.T).argmax(1)
-    rows = Fitted().fit(x, best, 3)
+    rows = Fitted().regress(x, torch.nn.functional.one_hot(best, 3).float())
     assert ((x @ rows.T).argmax(1) == best).float().mean() > 0.97

@@ -38,13 +38,14 @@ class Workspace:
             raise cannot_write(path, error) from error
         hold(lock, path)
         known = path / "settings.json"
-        if known.is_file() and read_object(known) != identity:
+        begun = (path / "mixture").is_dir()
+        if begun and known.is_file() and read_object(known) != identity:
             os.close(lock)
             raise PomonaError(
                 f"{path} holds the unfinished reconstruction of other settings; give those again to "
                 "go on with it, remove it to start anew, or choose another --out"
             )
-        if not known.is_file():
+        if not begun or not known.is_file():
             write_json(known, identity)
         return cls(path, lock)
 
@@ -52,6 +53,8 @@ class Workspace:
         return self
 
     def __exit__(self, *_error: object) -> None:
+        if not self.mixture.is_dir():
+            self.remove()  # there is nothing to go on from
         os.close(self._lock)
 
     @property

@@ -49,6 +49,19 @@ Text = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Only tell what would be made, and its cost.")
 ]
+Device = Annotated[
+    str, typer.Option("--device", help="auto (a GPU if there is one), cpu, cuda or cuda:1.")
+]
+Offload = Annotated[
+    bool,
+    typer.Option("--offload", help="Read dense weights from disk, a layer's when it is used."),
+]
+AtOnce = Annotated[
+    int,
+    typer.Option(
+        "--layers-at-once", metavar="N", help="Layers whose experts are held at once; 0: all."
+    ),
+]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of windows and fits.")]
 
 
@@ -64,6 +77,9 @@ def reconstruct(
     text: Text = None,
     seed: Seed = None,
     recipe: Recipe = None,
+    device: Device = "auto",
+    offload: Offload = False,
+    layers_at_once: AtOnce = 0,
     dry_run: DryRun = False,
 ) -> None:
     """Turn a dense model into a stock mixture of experts.
@@ -73,6 +89,7 @@ def reconstruct(
     OUT opens with plain transformers.
     """
     from pomona.cli.console import console, progress_bars
+    from pomona.models.placement import Placement
     from pomona.recipe.reconstruct import read_reconstruct_recipe
     from pomona.reconstruct import preview
     from pomona.reconstruct import reconstruct as run_reconstruct
@@ -85,8 +102,10 @@ def reconstruct(
     }
     given |= {"keep": keep, "split_domains": split_domains, "retrain": retrain, "text": text}
     source = read_reconstruct_recipe(recipe, {**given, "seed": seed})
+    placement = Placement(device, offload, layers_at_once)
     if dry_run:
-        console.print(str(preview(source.model, list(source.load_domains()), source.settings)))
+        names = list(source.load_domains())
+        console.print(str(preview(source.model, names, source.settings, placement)))
         return
     with progress_bars() as progress:
         made = run_reconstruct(
@@ -96,6 +115,7 @@ def reconstruct(
             source.settings,
             progress,
             source.load_text(),
+            placement,
         )
     console.print(str(made))
     console.print(f"{out} opens with AutoModelForCausalLM.from_pretrained")

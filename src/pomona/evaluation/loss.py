@@ -3,9 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
+from torch import Tensor
 from torch.nn import functional as fn
+from transformers import PreTrainedModel
 
 from pomona.data.examples import Example, collate
 from pomona.models.logits import labelled_logits
@@ -57,7 +60,8 @@ def window_losses(
 ) -> list[RowLoss]:
     """Return every window's loss over its predicted tokens: all but the first."""
     losses: list[RowLoss] = []
-    for input_ids_BT in windows_BT.split(batch_size):
+    device = cast(Tensor, cast(PreTrainedModel, model).get_input_embeddings().weight).device
+    for input_ids_BT in windows_BT.to(device).split(batch_size):
         logits = model(input_ids=input_ids_BT, use_cache=False).logits[:, :-1]
         target_BT = input_ids_BT[:, 1:]
         nats_BT = fn.cross_entropy(logits.mT.float(), target_BT, reduction="none")

@@ -19,8 +19,12 @@ from pomona.models.weights import Checkpoint
 Dtype = Literal["auto", "float32", "bfloat16"]
 
 
-def load_model(source: str | Path, dtype: Dtype = "auto") -> PreTrainedModel:
+def load_model(
+    source: str | Path, dtype: Dtype = "auto", placing: Mapping[str, Any] | None = None
+) -> PreTrainedModel:
     """Load a causal language model from a folder or a Hub id: safetensors only, no remote code.
+
+    `placing` goes to transformers: where the weights shall lie, if not in memory.
 
     Raises `PomonaError` naming the folder, file or tensor that is missing or damaged.
     """
@@ -33,6 +37,7 @@ def load_model(source: str | Path, dtype: Dtype = "auto") -> PreTrainedModel:
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # told below, by name
             output_loading_info=True,
+            **(placing or {}),
         )
     except StrictDataclassError as error:  # a field of config.json has the wrong type
         told = " ".join(str(error).split())

@@ -12,6 +12,7 @@ from torch import Tensor
 from pomona.errors import PomonaError
 from pomona.files import atomic_file, damaged, follow_umask, read_object, write_json
 
+SHARD_BYTES = 2_000_000_000
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
@@ -51,7 +52,7 @@ class Checkpoint:
 
 
 def write_sharded(
-    folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int = 5_000_000_000
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int = SHARD_BYTES
 ) -> int:
     """Write a checkpoint's tensors into `folder` as they come; return their total bytes.
 

@@ -46,7 +46,8 @@ def stats_of(activation_NF: Tensor) -> ChannelStats:
     """Return the statistics of one batch."""
     wide_NF = activation_NF.double()
     mean_F = wide_NF.mean(0)
-    return ChannelStats(len(wide_NF), mean_F, (wide_NF - mean_F).square().sum(0))
+    deviation_F = (wide_NF - mean_F).square().sum(0)
+    return ChannelStats(len(wide_NF), mean_F.cpu(), deviation_F.cpu())
 
 
 def merge(a: ChannelStats, b: ChannelStats) -> ChannelStats:
@@ -80,8 +81,7 @@ def calibrate(dense: DenseModel, windows_BT: Tokens, gradients: bool = False) ->
         new = stats_of(activation_NF)
         layers[layer] = merge(layers[layer], new) if layer in layers else new
 
-    with torch.no_grad():
-        observe(dense, windows_BT, see)
+    observe(dense, windows_BT, see)
     for layer, stats in sorted(layers.items()):
         if not stats.deviation_F.isfinite().all():
             raise PomonaError(
@@ -122,7 +122,8 @@ def saliency(dense: DenseModel, windows_BT: Tokens, batch: int = 8) -> list[Tens
         *(down.register_forward_pre_hook(watch(i)) for i, down in enumerate(dense.downs)),
     ]
     with Attachment(tuple(handles)), torch.enable_grad():
-        for input_ids_BT in windows_BT.split(batch):
+        for own_BT in windows_BT.split(batch):
+            input_ids_BT = own_BT.to(dense.device)
             dense.model(input_ids=input_ids_BT, labels=input_ids_BT, use_cache=False).loss.mul(
                 input_ids_BT[:, 1:].numel()
             ).backward()

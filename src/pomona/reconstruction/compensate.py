@@ -24,6 +24,10 @@ class Refit:
     column_DW: Tensor = field(repr=False)
     bias_D: Tensor | None = field(default=None, repr=False)
 
+    def scaled(self, gain: float) -> "Refit":
+        """Return the refit whose columns are multiplied by `gain`."""
+        return self if gain == 1 else Refit(self.column_DW * gain, self.bias_D)
+
 
 @runtime_checkable
 class Compensation(Protocol):
@@ -35,9 +39,14 @@ class Compensation(Protocol):
         ...
 
     def __call__(
-        self, dense: DenseModel, windows_BT: Tokens, plan: ExpertPlan, expert: int
+        self,
+        dense: DenseModel,
+        windows_BT: Tokens,
+        plan: ExpertPlan,
+        expert: int,
+        layers: range,
     ) -> Sequence[Refit]:
-        """Return every layer's refit, given the windows of the expert's group."""
+        """Return the refit of each of `layers`, given the windows of the expert's group."""
         ...
 
 
@@ -51,10 +60,15 @@ class NoCompensation:
         return False
 
     def __call__(
-        self, dense: DenseModel, windows_BT: Tokens, plan: ExpertPlan, expert: int
+        self,
+        dense: DenseModel,
+        windows_BT: Tokens,
+        plan: ExpertPlan,
+        expert: int,
+        layers: range,
     ) -> Sequence[Refit]:
         """Return each layer's own columns."""
-        return [Refit(column_DW) for column_DW in _own_columns(dense, plan, expert)]
+        return [Refit(own_columns(dense, plan, expert, layer)) for layer in layers]
 
 
 @dataclass(frozen=True)
@@ -71,25 +85,27 @@ class Bias:
         return True
 
     def __call__(
-        self, dense: DenseModel, windows_BT: Tokens, plan: ExpertPlan, expert: int
+        self,
+        dense: DenseModel,
+        windows_BT: Tokens,
+        plan: ExpertPlan,
+        expert: int,
+        layers: range,
     ) -> Sequence[Refit]:
         """Return each layer's own columns and the bias."""
-        sums = [torch.zeros(dense.channels, dtype=torch.float64) for _ in dense.ffns]
+        sums = {layer: torch.zeros(dense.channels, dtype=torch.float64) for layer in layers}
 
         def see(layer: int, _x_ND: Tensor, activation_NF: Tensor, _y_ND: Tensor) -> None:
             sums[layer] += activation_NF.double().sum(0).cpu()
 
-        observe(dense, windows_BT, see)
-        gone_LF = plan.gone_mask(expert)
-        return [
-            Refit(
-                column_DW,
-                down.weight.detach().double().cpu() @ (gone_F * sum_F / windows_BT.numel()),
-            )
-            for column_DW, down, gone_F, sum_F in zip(
-                _own_columns(dense, plan, expert), dense.downs, gone_LF, sums, strict=True
-            )
-        ]
+        observe(dense, windows_BT, see, layers)
+        refits: list[Refit] = []
+        for layer, sum_F in sums.items():
+            gone_F = plan.gone_F(layer, expert)
+            mean_F = gone_F * sum_F / windows_BT.numel()
+            bias_D = dense.down_DF(layer).double().cpu() @ mean_F
+            refits.append(Refit(own_columns(dense, plan, expert, layer), bias_D))
+        return refits
 
 
 @dataclass(frozen=True)
@@ -113,15 +129,20 @@ class Ridge:
         return False
 
     def __call__(
-        self, dense: DenseModel, windows_BT: Tokens, plan: ExpertPlan, expert: int
+        self,
+        dense: DenseModel,
+        windows_BT: Tokens,
+        plan: ExpertPlan,
+        expert: int,
+        layers: range,
     ) -> Sequence[Refit]:
         """Return each layer's refitted columns."""
-        sums = normal_equations(dense, windows_BT, plan, expert)
-        own = _own_columns(dense, plan, expert)
-        return [
-            Refit(self.refit(column_DW, *equations))
-            for column_DW, equations in zip(own, sums, strict=True)
-        ]
+        sums = normal_equations(dense, windows_BT, plan, expert, layers)
+        refits: list[Refit] = []
+        for layer in layers:
+            column_DW = own_columns(dense, plan, expert, layer)
+            refits.append(Refit(self.refit(column_DW, *sums.pop(layer))))
+        return refits
 
     def refit(self, column_DW: Tensor, gram_WW: Tensor, target_DW: Tensor) -> Tensor:
         """Return one layer's columns: the dense ones plus what the pruned channels can be told by.
@@ -129,10 +150,13 @@ class Ridge:
         Writing down' = down[:, keep] + Δ, the ridge problem for Δ has the pruned channels' output P
         as its target.
         """
-        lift = self.penalty * gram_WW.diagonal().mean().clamp_min(1e-30)
-        eye_WW = torch.eye(len(gram_WW), dtype=gram_WW.dtype)
-        delta_DW = torch.linalg.solve(gram_WW + lift * eye_WW, target_DW.T).T
-        return (column_DW.double() + delta_DW).to(column_DW.dtype)
+        return (column_DW.to(gram_WW) + self.solve(gram_WW, target_DW)).to(column_DW)
+
+    def solve(self, gram_WW: Tensor, target_DW: Tensor) -> Tensor:
+        """Return Δ [D, W] with Δ (H Hᵀ + λ I) = target."""
+        lifted_WW = gram_WW.clone()
+        lifted_WW.diagonal().add_(self.penalty * gram_WW.diagonal().mean().clamp_min(1e-30))
+        return torch.linalg.solve(lifted_WW, target_DW.T).T
 
 
 COMPENSATIONS: dict[str, type[Compensation]] = {
@@ -143,34 +167,37 @@ COMPENSATIONS: dict[str, type[Compensation]] = {
 
 
 def normal_equations(
-    dense: DenseModel, windows_BT: Tokens, plan: ExpertPlan, expert: int
-) -> list[tuple[Tensor, Tensor]]:
-    """Return (H Hᵀ [W, W], P Hᵀ [D, W]) of every layer for one expert, summed in float64.
+    dense: DenseModel, windows_BT: Tokens, plan: ExpertPlan, expert: int, layers: range
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """Return (H Hᵀ [W, W], P Hᵀ [D, W]) of each of `layers` for one expert, summed in float64.
 
     H are the activations of its kept channels, P the output of those that neither it nor the shared
     expert keeps.
     """
-    keep_LW, gone_LF = plan.keep_LEW[:, expert], plan.gone_mask(expert)
-    width, size = keep_LW.shape[1], dense.downs[0].out_features
-    sums = [
-        (
-            torch.zeros(width, width, dtype=torch.float64),
-            torch.zeros(size, width, dtype=torch.float64),
-        )
-        for _ in dense.ffns
-    ]
+    width = plan.keep_LEW.shape[2]
+    sums = {
+        layer: (zeros64(width, width, dense.device), zeros64(dense.hidden, width, dense.device))
+        for layer in layers
+    }
 
     def see(layer: int, _x_ND: Tensor, activation_NF: Tensor, _y_ND: Tensor) -> None:
         wide_NF = activation_NF.float()
-        kept_NW, gone_F = wide_NF[:, keep_LW[layer]], gone_LF[layer]
-        pruned_ND = wide_NF[:, gone_F] @ dense.downs[layer].weight[:, gone_F].float().T
-        sums[layer][0].add_((kept_NW.T @ kept_NW).double().cpu())
-        sums[layer][1].add_((pruned_ND.T @ kept_NW).double().cpu())
+        gone_F = plan.gone_F(layer, expert)
+        kept_NW = wide_NF[:, plan.keep_LEW[layer, expert]]
+        pruned_ND = wide_NF[:, gone_F] @ dense.down_DF(layer)[:, gone_F].float().T
+        gram_WW, target_DW = sums[layer]
+        gram_WW.add_(kept_NW.T @ kept_NW)
+        target_DW.add_(pruned_ND.T @ kept_NW)
 
-    observe(dense, windows_BT, see)
+    observe(dense, windows_BT, see, layers)
     return sums
 
 
-def _own_columns(dense: DenseModel, plan: ExpertPlan, expert: int) -> list[Tensor]:
-    pairs = zip(dense.downs, plan.keep_LEW[:, expert], strict=True)
-    return [down.weight.detach().cpu()[:, keep_W] for down, keep_W in pairs]
+def zeros64(rows: int, columns: int, device: torch.device) -> Tensor:
+    """Return a sum in float64 that starts at zero."""
+    return torch.zeros(rows, columns, dtype=torch.float64, device=device)
+
+
+def own_columns(dense: DenseModel, plan: ExpertPlan, expert: int, layer: int) -> Tensor:
+    """Return the dense columns of an expert's channels [D, W]."""
+    return dense.down_DF(layer)[:, plan.keep_LEW[layer, expert]]

@@ -1,5 +1,6 @@
 """What a reconstruction would make and cost, from the checkpoint's headers alone."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from time import perf_counter
@@ -7,8 +8,9 @@ from time import perf_counter
 import torch
 
 from pomona.models.dense import DenseFamily, MixtureSizes, container_of
-from pomona.models.weights import Checkpoint
-from pomona.reconstruction.plan import share_of
+from pomona.models.placement import Placement
+from pomona.models.weights import SHARD_BYTES, Checkpoint
+from pomona.reconstruction.retraining import Retraining
 from pomona.reconstruction.settings import ReconstructSettings
 
 
@@ -17,8 +19,9 @@ class Estimate:
     """Sizes in parameters, operations per token of a forward pass, memory and work of making it.
 
     `flops` counts two per weight that a token meets, as is usual, without the attention's products
-    between tokens. `peak_bytes` is the dense model in float32, the sums of one expert and all refits,
-    and for retraining the mixture, the teacher, gradients and moments; activations are not in it.
+    between tokens. `peak_bytes` is the dense model (offloaded: its embeddings and one layer's FFN), the
+    sums, inputs and experts of as many layers as are made at once and the shard that is being written;
+    for retraining the mixture, the teacher, gradients and moments. Activations are not in it.
     `seconds` is what `work_flops` take at the speed of this machine's matrix products, a lower bound.
     """
 
@@ -48,18 +51,18 @@ class Estimate:
 
 
 def estimate(
-    checkpoint: Checkpoint, family: DenseFamily, settings: ReconstructSettings, domains: int
+    checkpoint: Checkpoint,
+    family: DenseFamily,
+    settings: ReconstructSettings,
+    domains: int,
+    placement: Placement,
 ) -> Estimate:
     """Return the estimate; raises `PomonaError` where the settings do not fit the model."""
     shapes = {name: checkpoint.shape(name) for name in checkpoint.files}
     layers = int(checkpoint.config["num_hidden_layers"])
     hidden, channels = shapes[f"{family.mlp.format(layer=0)}.down_proj.weight"]
     dense = sum(prod(shape) for shape in shapes.values())
-    width = settings.width(channels)
-    shared = round(share_of(settings.planner) * channels)
-    sizes = MixtureSizes(
-        settings.experts, settings.active, width, shared, settings.compensation.biased
-    ).aligned()
+    sizes = settings.sizes(channels)
     width, shared = sizes.width, sizes.shared
     rest = dense - layers * 3 * hidden * channels
     router = hidden * settings.experts if settings.experts > 1 else 0
@@ -75,7 +78,10 @@ def estimate(
         dense,
         2 * (active - embedding),
         2 * (dense - embedding),
-        _memory(settings, layers, hidden, width, dense, total),
+        max(
+            _assembling(shapes, layers, hidden, channels, settings, placement),
+            _retraining(settings.retrain, dense, total),
+        ),
         work,
         work / matmul_speed(),
     )
@@ -87,24 +93,47 @@ def _embedding(shapes: dict[str, tuple[int, ...]], checkpoint: Checkpoint) -> in
     return 0 if tied else prod(shapes["model.embed_tokens.weight"])
 
 
-def _memory(
-    settings: ReconstructSettings, layers: int, hidden: int, width: int, dense: int, total: int
+def _assembling(
+    shapes: Mapping[str, tuple[int, ...]],
+    layers: int,
+    hidden: int,
+    channels: int,
+    settings: ReconstructSettings,
+    placement: Placement,
 ) -> int:
-    sums = layers * width * (width + hidden) * 8
-    refits = settings.experts * layers * width * hidden * 4
-    assembling = 4 * dense + sums + refits
-    if settings.retrain is None:
-        return assembling
-    size = 2 if settings.retrain.dtype == "bfloat16" else 4
-    teacher = size * dense if settings.retrain.objective.loss == "distil" else 0
-    learning = 12 * total if settings.retrain.experts.experts == "full" else 0
-    return max(assembling, size * total + teacher + learning)
+    """Return the bytes held while the mixture is made; the checkpoint's own are taken for two each."""
+    size = 2 if settings.dtype == "bfloat16" else 4
+    at_once, width = placement.layers or layers, settings.sizes(channels).width
+    dense = size * sum(prod(shape) for shape in shapes.values())
+    if placement.offload:
+        ends = ("model.embed_tokens.weight", "lm_head.weight")
+        kept = sum(prod(shapes[name]) for name in ends if name in shapes)
+        dense = size * (kept + 3 * hidden * channels)
+    if settings.experts == 1:
+        return dense + at_once * 8 * width * (width + hidden) + 2 * SHARD_BYTES
+    many = settings.experts if settings.active > 1 else 1
+    rounds = settings.specialise.rounds > 0
+    joint = 8 * settings.experts * width * (many * width + 2 * hidden) if rounds else 0
+    inputs = size * hidden * max(settings.specialise.tokens * rounds, 4096 * settings.experts)
+    experts = size * settings.experts * width * hidden
+    sums = at_once * 8 * width * (width + hidden)
+    shard = 2 * min(SHARD_BYTES, 2 * layers * 3 * hidden * settings.experts * width)
+    return dense + max(sums, joint) + at_once * (inputs + experts) + shard
+
+
+def _retraining(how: Retraining | None, dense: int, total: int) -> int:
+    if how is None:
+        return 0
+    size = 2 if how.dtype == "bfloat16" else 4
+    teacher = size * dense if how.objective.loss == "distil" else 0
+    learning = 12 * total if how.experts.experts == "full" else 0
+    return size * total + teacher + learning
 
 
 def _work(settings: ReconstructSettings, domains: int, dense_flops: int, flops: int) -> int:
     """Return the FLOPs of calibration, affinity, compensation, routing and retraining."""
     tokens = settings.windows * settings.length
-    passes = domains * tokens + 2 * settings.experts * tokens  # calibrate; compensate and route
+    passes = domains * tokens + settings.experts * tokens  # calibrate; compensate
     if settings.affinity == "perplexity" and settings.grouping == "affinity":
         passes += domains**2 * settings.affinity_windows * settings.length
     work = passes * dense_flops

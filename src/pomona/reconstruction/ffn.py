@@ -1,6 +1,7 @@
 """The FFNs of a dense model, and what flows through them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -10,17 +11,23 @@ from transformers import PreTrainedModel
 
 from pomona.models.attachment import Attachment
 from pomona.models.dense import DenseFamily
-from pomona.shapes import Activation, PerLayerChannel, Tokens
+from pomona.models.weights import Checkpoint
+from pomona.shapes import Activation, Hidden, PerLayerChannel, Tokens
 
 Observe = Callable[[int, Tensor, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
 class DenseModel:
-    """A frozen dense model with its FFN modules in the order of the layers."""
+    """A frozen dense model with its FFN modules in the order of the layers.
+
+    Its weights may lie on disk and visit memory one module at a time; `stored` then reads a layer's
+    `down_proj` from the checkpoint.
+    """
 
     model: PreTrainedModel = field(repr=False)
     ffns: tuple[nn.Module, ...] = field(repr=False)
+    stored: Callable[[int], Tensor] = field(repr=False)
 
     @property
     def downs(self) -> list[nn.Linear]:
@@ -32,21 +39,51 @@ class DenseModel:
         """F, the number of channels of a layer."""
         return self.downs[0].in_features
 
+    @property
+    def hidden(self) -> int:
+        """D, the width of the model."""
+        return self.downs[0].out_features
 
-def dense_model(model: PreTrainedModel, family: DenseFamily) -> DenseModel:
-    """Find the FFNs of a model of a dense family."""
-    layers = range(int(model.config.num_hidden_layers))
-    ffns = tuple(model.get_submodule(family.mlp.format(layer=layer)) for layer in layers)
-    return DenseModel(model, ffns)
+    @property
+    def device(self) -> torch.device:
+        """Where tokens go in."""
+        return cast(Tensor, self.model.get_input_embeddings().weight).device
+
+    def down_DF(self, layer: int) -> Tensor:
+        """Return the weight of a layer's `down_proj` [D, F], wherever it lies."""
+        weight = self.downs[layer].weight.detach()
+        on_disk = weight.device.type == "meta"
+        return self.stored(layer).to(self.device) if on_disk else weight
+
+
+def dense_model(model: PreTrainedModel, family: DenseFamily, checkpoint: Checkpoint) -> DenseModel:
+    """Find the FFNs of a model of a dense family, loaded from `checkpoint`."""
+    prefixes = [family.mlp.format(layer=i) for i in range(int(model.config.num_hidden_layers))]
+
+    def stored(layer: int) -> Tensor:
+        return checkpoint.tensor(f"{prefixes[layer]}.down_proj.weight").to(model.dtype)
+
+    return DenseModel(model, tuple(map(model.get_submodule, prefixes)), stored)
+
+
+class _EnoughError(Exception):
+    """Ends a forward pass after the last layer that anybody looks at."""
 
 
 @torch.no_grad()
-def observe(dense: DenseModel, windows_BT: Tokens, see: Observe, batch: int = 16) -> None:
-    """Run windows through the model and show every layer's FFN, batch by batch.
+def observe(
+    dense: DenseModel,
+    windows_BT: Tokens,
+    see: Observe,
+    layers: range | None = None,
+    batch: int = 16,
+) -> None:
+    """Run windows through the model and show every layer's FFN (or those of `layers`), batch by batch.
 
     `see(layer, x_ND, activation_NF, y_ND)` gets the FFN's input, the input of `down_proj` and the
     FFN's output. Nothing is kept between batches, and no logits are computed.
     """
+    layers = range(len(dense.ffns)) if layers is None else layers
     inputs: dict[int, Tensor] = {}
 
     def before(layer: int) -> Callable[..., None]:
@@ -58,23 +95,64 @@ def observe(dense: DenseModel, windows_BT: Tokens, see: Observe, batch: int = 16
     def after(layer: int) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             see(layer, inputs.pop(layer), args[0].flatten(0, 1), output.flatten(0, 1))
+            if layer == layers[-1]:
+                raise _EnoughError
 
         return hook
 
     handles = [
-        *(ffn.register_forward_pre_hook(before(i)) for i, ffn in enumerate(dense.ffns)),
-        *(down.register_forward_hook(after(i)) for i, down in enumerate(dense.downs)),
+        *(dense.ffns[i].register_forward_pre_hook(before(i)) for i in layers),
+        *(dense.downs[i].register_forward_hook(after(i)) for i in layers),
     ]
     with Attachment(tuple(handles)):
         for input_ids_BT in windows_BT.split(batch):
-            dense.model.base_model(input_ids=input_ids_BT, use_cache=False)
+            with suppress(_EnoughError):
+                dense.model.base_model(input_ids=input_ids_BT.to(dense.device), use_cache=False)
+
+
+def sample_inputs(
+    dense: DenseModel, windows: Sequence[Tensor], tokens: int, layers: range
+) -> list[Tensor]:
+    """Return the FFN inputs of `layers`, [N, D] each, N at most about `tokens`, each window set alike.
+
+    What is kept does not grow with the number of windows.
+    """
+    inputs: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+
+    def see(layer: int, x_ND: Tensor, _activation_NF: Tensor, _y_ND: Tensor) -> None:
+        inputs[layer].append(x_ND)
+
+    for windows_BT in windows:
+        each = max(1, tokens // len(windows) // windows_BT.shape[1])
+        observe(dense, windows_BT[:each], see, layers)
+    return [torch.cat(parts) for parts in inputs.values()]
+
+
+@torch.no_grad()
+def through_ffn(
+    dense: DenseModel, layer: int, x_ND: Hidden, batch: int = 4096
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield (rows, activation_NF, y_ND) of one layer's FFN over its inputs, batch by batch."""
+    seen: list[Tensor] = []
+
+    def look(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0])
+
+    with Attachment((dense.downs[layer].register_forward_pre_hook(look),)):
+        for start in range(0, len(x_ND), batch):
+            rows = slice(start, start + batch)
+            y_ND = dense.ffns[layer](x_ND[rows])
+            yield rows, seen.pop(), y_ND
 
 
 @torch.no_grad()
 def mean_hidden(dense: DenseModel, windows_BT: Tokens, batch: int = 16) -> Tensor:
     """Return every window's last hidden states, averaged over its tokens, [B, D] in float32."""
     means = [
-        dense.model.base_model(input_ids=own, use_cache=False).last_hidden_state.float().mean(1)
+        dense.model.base_model(input_ids=own.to(dense.device), use_cache=False)
+        .last_hidden_state.float()
+        .mean(1)
+        .cpu()
         for own in windows_BT.split(batch)
     ]
     return torch.cat(means)
@@ -88,7 +166,7 @@ def pruned(dense: DenseModel, keep_LF: PerLayerChannel | Tensor) -> Attachment:
 
     def mask(keep_F: Tensor) -> Callable[..., tuple[Activation]]:
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-            return (args[0] * keep_F.to(args[0].dtype),)
+            return (args[0] * keep_F.to(args[0].device, args[0].dtype),)
 
         return hook
 

@@ -14,7 +14,7 @@ class ExpertPlan:
 
     `shared_LS` are channels hoisted into one expert that serves every token, [L, S], S may be 0; no
     expert keeps them too. `gain` multiplies every expert's output: experts that divide the channels
-    among themselves add up, and their routing weights sum to one.
+    among themselves add up, and their routing weights sum to one. `active` experts serve a token.
     """
 
     keep_LEW: Tensor = field(repr=False)
@@ -22,12 +22,14 @@ class ExpertPlan:
     channels: int
     shared_LS: Tensor = field(repr=False)
     gain: float = 1.0
+    active: int = 1
 
-    def gone_mask(self, expert: int) -> Tensor:
-        """Return what neither an expert nor the shared one keeps, [L, F] booleans."""
-        gone_LF = torch.ones(len(self.keep_LEW), self.channels, dtype=torch.bool)
-        gone_LF.scatter_(1, self.keep_LEW[:, expert], value=False)
-        return gone_LF.scatter_(1, self.shared_LS, value=False)
+    def gone_F(self, layer: int, expert: int) -> Tensor:
+        """Return what neither an expert nor the shared one keeps in a layer, [F] booleans."""
+        gone_F = torch.ones(self.channels, dtype=torch.bool)
+        gone_F[self.keep_LEW[layer, expert]] = False
+        gone_F[self.shared_LS[layer]] = False
+        return gone_F
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON one can read: the channels of every layer and expert."""
@@ -38,6 +40,7 @@ class ExpertPlan:
             "width": width,
             "dense_width": self.channels,
             "gain": self.gain,
+            "active": self.active,
             "domains": [list(group) for group in self.groups],
             "shared_channels": self.shared_LS.tolist(),
             "channels": self.keep_LEW.tolist(),
@@ -52,12 +55,8 @@ class ExpertPlan:
             int(plan["dense_width"]),
             torch.tensor(plan["shared_channels"], dtype=torch.int64),
             float(plan["gain"]),
+            int(plan["active"]),
         )
-
-
-def share_of(planner: object) -> float:
-    """Return the share of dense channels that a planner will hoist: its field `shared`, if it has one."""
-    return float(getattr(planner, "shared", 0.0))
 
 
 def no_channels(layers: int) -> Tensor:

@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as fn
 
-from pomona.reconstruction.ffn import DenseModel, observe
+from pomona.reconstruction.ffn import DenseModel, observe, sample_inputs
+from pomona.reconstruction.outputs import OutputMoments, output_moments
 from pomona.reconstruction.plan import ExpertPlan
 from pomona.seeds import torch_generator
-from pomona.shapes import Tokens
+from pomona.shapes import Hidden, Tokens
 
 
 @runtime_checkable
@@ -23,10 +25,15 @@ class Router(Protocol):
         dense: DenseModel,
         windows: Sequence[Tensor],
         plan: ExpertPlan,
-        downs: Sequence[Sequence[Tensor]],
+        columns: Sequence[Sequence[Tensor]],
+        layers: range,
         seed: int,
     ) -> list[Tensor]:
-        """Return each layer's rows [E, D]; `windows` are per expert, `downs[l][e]` [D, W]."""
+        """Return the rows [E, D] of each of `layers`.
+
+        `windows` are per expert; `columns[i][e]` [D, W] are what layer `layers[i]` has as `down_proj` of
+        expert e.
+        """
         ...
 
 
@@ -41,13 +48,15 @@ class RandomRouter:
         dense: DenseModel,
         windows: Sequence[Tensor],
         plan: ExpertPlan,
-        downs: Sequence[Sequence[Tensor]],
+        columns: Sequence[Sequence[Tensor]],
+        layers: range,
         seed: int,
     ) -> list[Tensor]:
         """Return random rows, a function of `seed`."""
         generator = torch_generator(seed, "router")
-        shape = plan.keep_LEW.shape[1], dense.downs[0].out_features
-        return [torch.randn(shape, generator=generator) * self.deviation for _ in dense.ffns]
+        shape = len(dense.ffns), plan.keep_LEW.shape[1], dense.hidden
+        row_LED = torch.randn(shape, generator=generator) * self.deviation
+        return [row_LED[layer] for layer in layers]
 
 
 @dataclass(frozen=True)
@@ -64,13 +73,14 @@ class Centroids:
         dense: DenseModel,
         windows: Sequence[Tensor],
         plan: ExpertPlan,
-        downs: Sequence[Sequence[Tensor]],
+        columns: Sequence[Sequence[Tensor]],
+        layers: range,
         seed: int,
     ) -> list[Tensor]:
         """Return the centred, normalised mean inputs of every group."""
-        groups = [_mean_inputs(dense, windows_BT) for windows_BT in windows]
+        groups = [_mean_inputs(dense, windows_BT, layers) for windows_BT in windows]
         rows: list[Tensor] = []
-        for layer in range(len(dense.ffns)):
+        for layer in layers:
             mean_ED = torch.stack([group[layer] for group in groups])
             rows.append(fn.normalize(mean_ED - mean_ED.mean(0), dim=1) * self.scale)
         return rows
@@ -78,59 +88,65 @@ class Centroids:
 
 @dataclass(frozen=True)
 class Fitted:
-    """Multinomial logistic regression onto every token's best expert.
+    """Multinomial logistic regression onto every token's best experts.
 
-    The best expert of a token is argmin_e ‖E_e(x) − FFN(x)‖². `tokens` caps how many tokens of each
-    group are used, `decay` is the weight of ‖rows‖² in the fit.
+    The best K experts of a token are found greedily: each next one is what brings the mean of the chosen
+    closest to FFN(x). For K > 1 the rows are then scaled so that the softmax over the chosen, whose
+    weights the experts get, leaves the least error. `tokens` caps how many tokens of each group are used,
+    `decay` is the weight of ‖rows‖² in the fit.
     """
 
     tokens: int = 4096
     decay: float = 1e-3
-    iterations: int = 60
+    iterations: int = 40
 
     def __call__(
         self,
         dense: DenseModel,
         windows: Sequence[Tensor],
         plan: ExpertPlan,
-        downs: Sequence[Sequence[Tensor]],
+        columns: Sequence[Sequence[Tensor]],
+        layers: range,
         seed: int,
     ) -> list[Tensor]:
         """Return each layer's fitted rows [E, D]."""
-        inputs: list[list[Tensor]] = [[] for _ in dense.ffns]
-        best: list[list[Tensor]] = [[] for _ in dense.ffns]
-
-        def see(layer: int, x_ND: Tensor, activation_NF: Tensor, y_ND: Tensor) -> None:
-            inputs[layer].append(x_ND.float())
-            shared_S = plan.shared_LS[layer]
-            shared_ND = activation_NF[:, shared_S] @ dense.downs[layer].weight[:, shared_S].T
-            error_NE = expert_errors(
-                activation_NF, y_ND - shared_ND, plan.keep_LEW[layer], downs[layer], plan.gain
-            )
-            best[layer].append(error_NE.argmin(1))
-
-        for windows_BT in windows:
-            observe(dense, windows_BT[: max(1, self.tokens // windows_BT.shape[1])], see)
-        experts = plan.keep_LEW.shape[1]
+        inputs = sample_inputs(dense, windows, self.tokens * len(windows), layers)
         return [
-            self.fit(torch.cat(x), torch.cat(e), experts) for x, e in zip(inputs, best, strict=True)
+            self.fit(x_ND, output_moments(dense, plan, layer, own, x_ND), plan.active)
+            for layer, own, x_ND in zip(layers, columns, inputs, strict=True)
         ]
 
-    def fit(self, x_ND: Tensor, best_N: Tensor, experts: int) -> Tensor:
-        """Return rows [E, D] that minimise cross-entropy plus `decay` · ‖rows‖²; convex, so no seed."""
-        row_ED = torch.zeros(experts, x_ND.shape[1], requires_grad=True)
+    def fit(self, x_ND: Hidden, moments: OutputMoments, active: int) -> Tensor:
+        """Return one layer's rows [E, D]; the problem is convex, so there is no seed."""
+        row_ED = self.regress(x_ND.float(), moments.best(active))
+        if active == 1:
+            return row_ED  # the weight of a single expert is one, however long the rows
+        scores_NE = x_ND.float() @ row_ED.T
+        errors = [
+            float(moments.error(routing_weights(scale * scores_NE, active))) for scale in _SCALES
+        ]
+        return row_ED * _SCALES[min(range(len(_SCALES)), key=errors.__getitem__)]
+
+    def regress(self, x_ND: Hidden, target_NE: Float[Tensor, "N E"]) -> Tensor:
+        """Return rows [E, D] that minimise cross-entropy to the targets plus `decay` · ‖rows‖²."""
+        experts, size = target_NE.shape[1], x_ND.shape[1]
+        row_ED = torch.zeros(experts, size, device=x_ND.device, requires_grad=True)
         engine = torch.optim.LBFGS(
             [row_ED], max_iter=self.iterations, line_search_fn="strong_wolfe"
         )
 
         def objective() -> Tensor:
             engine.zero_grad()
-            loss = fn.cross_entropy(x_ND @ row_ED.T, best_N) + self.decay * row_ED.square().sum()
+            loss = fn.cross_entropy(x_ND @ row_ED.T, target_NE)
+            loss = loss + self.decay * row_ED.square().sum()
             loss.backward()
             return loss
 
         engine.step(objective)
         return row_ED.detach()
+
+
+_SCALES = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 
 
 ROUTERS: dict[str, type[Router]] = {
@@ -140,32 +156,17 @@ ROUTERS: dict[str, type[Router]] = {
 }
 
 
-def expert_errors(
-    activation_NF: Tensor,
-    y_ND: Tensor,
-    keep_EW: Tensor,
-    down_of: Sequence[Tensor],
-    gain: float = 1.0,
-) -> Tensor:
-    """Return ‖gain · E_e(x) − y‖² of every token and expert, [N, E].
-
-    An expert's activation is the dense one at its kept channels.
-    """
-    errors = [
-        (gain * (activation_NF[:, keep_W] @ down_DW.to(activation_NF.dtype).T) - y_ND)
-        .float()
-        .square()
-        .sum(1)
-        for keep_W, down_DW in zip(keep_EW, down_of, strict=True)
-    ]
-    return torch.stack(errors, dim=1)
+def routing_weights(score_NE: Float[Tensor, "N E"], active: int) -> Float[Tensor, "N E"]:
+    """Return every expert's weight: softmax over the `active` highest scores, 0 for the others."""
+    best_NK, index_NK = score_NE.topk(active, dim=1)
+    return torch.zeros_like(score_NE).scatter_(1, index_NK, best_NK.softmax(dim=1))
 
 
-def _mean_inputs(dense: DenseModel, windows_BT: Tokens) -> list[Tensor]:
-    sums = [torch.zeros(down.out_features) for down in dense.downs]
+def _mean_inputs(dense: DenseModel, windows_BT: Tokens, layers: range) -> dict[int, Tensor]:
+    sums = {layer: torch.zeros(dense.hidden) for layer in layers}
 
     def see(layer: int, x_ND: Tensor, _activation_NF: Tensor, _y_ND: Tensor) -> None:
-        sums[layer] += x_ND.float().sum(0)
+        sums[layer] += x_ND.float().sum(0).cpu()
 
-    observe(dense, windows_BT, see)
-    return [total / windows_BT.numel() for total in sums]
+    observe(dense, windows_BT, see, layers)
+    return {layer: total / windows_BT.numel() for layer, total in sums.items()}

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from pomona.errors import PomonaError
+from pomona.models.dense import MixtureSizes
 from pomona.reconstruction.affinity import AffinityKind, Correlate
 from pomona.reconstruction.cluster import Grouping, Linkage
 from pomona.reconstruction.compensate import COMPENSATIONS, Compensation, Ridge
@@ -12,6 +13,7 @@ from pomona.reconstruction.planners import PLANNERS, Planner, TopChannels
 from pomona.reconstruction.retraining.settings import Retraining
 from pomona.reconstruction.router import ROUTERS, Fitted, Router
 from pomona.reconstruction.scores import SCORES, WIFV, Score
+from pomona.reconstruction.specialise import Specialise
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class ReconstructSettings:
     measure each pruned model when `affinity` is "perplexity". `grouping` "affinity" clusters the
     domains, "random" deals them, "all" gives every expert all of them. With fewer domains than experts
     `split_domains` splits them by what their windows look like to the model; a single one, a corpus
-    without domains, is always split.
+    without domains, is always split. `dtype` is what the dense model computes in while it is taken apart.
     """
 
     experts: int = 8
@@ -42,6 +44,8 @@ class ReconstructSettings:
     planner: Planner = field(default_factory=TopChannels)
     compensation: Compensation = field(default_factory=Ridge)
     router: Router = field(default_factory=Fitted)
+    specialise: Specialise = field(default_factory=Specialise)
+    dtype: Literal["float32", "bfloat16"] = "float32"
     retrain: Retraining | None = None
     seed: int = 0
 
@@ -64,6 +68,13 @@ class ReconstructSettings:
                 known = ", ".join(get_args(kinds))
                 raise PomonaError(f'{name} "{getattr(self, name)}" is unknown; use one of {known}')
 
+        refitted = isinstance(self.compensation, Ridge) and isinstance(self.router, Fitted)
+        if self.experts > 1 and self.specialise.rounds > 0 and not refitted:
+            raise PomonaError(
+                "specialising refits by ridge and fits the router; set specialise.rounds to 0 to have "
+                "another compensation or router"
+            )
+
     def check_domains(self, names: Sequence[str]) -> None:
         """Raise `PomonaError` when the domains cannot give every expert one."""
         enough = len(names) >= self.experts or self.grouping == "all"
@@ -83,6 +94,14 @@ class ReconstructSettings:
                 f"keep {self.keep} of {channels} channels leaves an expert none; make keep larger"
             )
         return width
+
+    def sizes(self, channels: int) -> MixtureSizes:
+        """Return the sizes made of so many dense channels; raises `PomonaError` if they cannot be."""
+        width = self.width(channels)
+        shared = self.planner.shared_channels(channels, self.experts, width)
+        return MixtureSizes(
+            self.experts, self.active, width, shared, self.compensation.biased
+        ).aligned()
 
     def to_json(self) -> dict[str, Any]:
         """Return every setting; what a registry holds as its kind and its own fields."""

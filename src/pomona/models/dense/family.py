@@ -78,10 +78,11 @@ class DenseFamily:
 
     `mlp` is the prefix of a layer's FFN with `{layer}`; `mixture` holds its experts, `with_shared` also
     a shared expert (None where no stock architecture does); `check` raises `PomonaError` for a
-    checkpoint that neither can hold.
+    checkpoint that neither can hold. `ends` are the modules that are not layers.
     """
 
     mlp: str
     mixture: Container
     with_shared: Container | None
     check: Callable[[Checkpoint], None]
+    ends: tuple[str, ...] = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")

@@ -31,6 +31,12 @@ class ActivationClusters:
     active_share: float = 0.1
     iterations: int = 5
 
+    def shared_channels(self, channels: int, experts: int, width: int) -> int:
+        """Return the share; raises `PomonaError` where the experts do not divide the others."""
+        size = round(self.shared * channels)
+        check_divides(channels - size, experts, width)
+        return size
+
     def __call__(
         self,
         calibration: Calibration,
@@ -42,8 +48,7 @@ class ActivationClusters:
     ) -> ExpertPlan:
         """Return the clusters; the score is not used."""
         channels = calibration.dense.channels
-        size = round(self.shared * channels)
-        check_divides(channels - size, len(groups), width)
+        size = self.shared_channels(channels, len(groups), width)
         kept: list[Tensor] = []
         shared: list[Tensor] = []
         for marker_NF in self.markers(calibration):
@@ -63,6 +68,7 @@ class ActivationClusters:
             channels,
             torch.stack(shared),
             gain=float(active),
+            active=active,
         )
 
     def markers(self, calibration: Calibration) -> list[Tensor]:

@@ -25,6 +25,13 @@ class Calibration:
 class Planner(Protocol):
     """Deals the channels of every layer to experts."""
 
+    def shared_channels(self, channels: int, experts: int, width: int) -> int:
+        """Return how many of a layer's channels serve every token, beside `width` for each expert.
+
+        Raises `PomonaError` for sizes that cannot be dealt.
+        """
+        ...
+
     def __call__(
         self,
         calibration: Calibration,
@@ -36,6 +43,6 @@ class Planner(Protocol):
     ) -> ExpertPlan:
         """Return `width` channels per layer and expert, one expert per group of domains.
 
-        `active` experts will serve a token. Raises `PomonaError` for sizes that cannot be dealt.
+        `active` experts will serve a token. Raises `PomonaError` as `shared_channels` does.
         """
         ...

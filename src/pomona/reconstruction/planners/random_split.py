@@ -24,6 +24,11 @@ class RandomSplit:
     the compensation none.
     """
 
+    def shared_channels(self, channels: int, experts: int, width: int) -> int:
+        """None is shared; raises `PomonaError` where the experts do not divide all channels."""
+        check_divides(channels, experts, width)
+        return 0
+
     def __call__(
         self,
         calibration: Calibration,
@@ -35,7 +40,7 @@ class RandomSplit:
     ) -> ExpertPlan:
         """Return the partition; the score is not used."""
         layers, channels = len(calibration.dense.ffns), calibration.dense.channels
-        check_divides(channels, len(groups), width)
+        self.shared_channels(channels, len(groups), width)
         generator = torch_generator(seed, "random split")
         order_LF = torch.stack(
             [torch.randperm(channels, generator=generator) for _ in range(layers)]
@@ -47,6 +52,7 @@ class RandomSplit:
             channels,
             no_channels(layers),
             gain=float(active),
+            active=active,
         )
 
 

@@ -29,6 +29,16 @@ class TopChannels:
         if not 0 <= self.shared < 1:
             raise PomonaError(f"shared {self.shared} is not a share; use 0 or for example 0.25")
 
+    def shared_channels(self, channels: int, experts: int, width: int) -> int:
+        """Return the share; raises `PomonaError` where the experts' own channels leave no room for it."""
+        size = round(self.shared * channels)
+        if size + width > channels:
+            raise PomonaError(
+                f"{size} shared and {width} own channels are more than the {channels} that a layer "
+                "has; make keep or shared smaller"
+            )
+        return size
+
     def __call__(
         self,
         calibration: Calibration,
@@ -40,12 +50,7 @@ class TopChannels:
     ) -> ExpertPlan:
         """Return the plan; `width` channels are an expert's own, beside the shared ones."""
         dense = calibration.dense
-        size = round(self.shared * dense.channels)
-        if size + width > dense.channels:
-            raise PomonaError(
-                f"{size} shared and {width} own channels are more than the {dense.channels} that a "
-                "layer has; make keep or shared smaller"
-            )
+        size = self.shared_channels(dense.channels, len(groups), width)
         scores = [_group_scores(calibration, group, score) for group in groups]
         score_ELF = torch.stack(scores)
         shared_LS = common_channels(score_ELF, size, width)
@@ -54,7 +59,11 @@ class TopChannels:
         )
         kept = [top_channels(own.masked_fill(taken_LF, float("-inf")), width) for own in score_ELF]
         return ExpertPlan(
-            torch.stack(kept, dim=1), tuple(map(tuple, groups)), dense.channels, shared_LS
+            torch.stack(kept, dim=1),
+            tuple(map(tuple, groups)),
+            dense.channels,
+            shared_LS,
+            active=active,
         )
 
 

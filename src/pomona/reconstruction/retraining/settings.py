@@ -9,6 +9,7 @@ from pomona.training.loop import AdamW
 Schedule = Literal["constant", "cosine"]
 LossKind = Literal["distil", "cross-entropy"]
 ExpertTraining = Literal["lora", "full", "none"]
+RouterTraining = Literal["relative", "absolute", "none"]
 
 
 def _check_rate(tokens: int, learning_rate: float) -> None:
@@ -50,8 +51,9 @@ class RouterStage:
 class ExpertStage:
     """Experts, router and norms, each token served by its active experts as in use.
 
-    `experts` are trained by LoRA (merged at the end), in full or not at all; router and norms in full
-    if asked. DIVE takes 5 B tokens, LoRA of rank 8, 1e-4 along a cosine with 3 % warm-up down to a tenth.
+    `experts` are trained by LoRA (merged at the end), in full or not at all; the router with steps relative
+    to the size of its weights, with the learning rate as it is (as DIVE) or not at all; norms if asked.
+    DIVE takes 5 B tokens, LoRA of rank 8, 1e-4 along a cosine with 3 % warm-up down to a tenth.
     """
 
     tokens: int = 1_000_000
@@ -62,13 +64,14 @@ class ExpertStage:
     experts: ExpertTraining = "lora"
     rank: int = 8
     alpha: float = 16.0
-    router: bool = True
+    router: RouterTraining = "relative"
     norms: bool = True
 
     def __post_init__(self) -> None:
         _check_rate(self.tokens, self.learning_rate)
         _check_choice("schedule", self.schedule, Schedule)
         _check_choice("experts", self.experts, ExpertTraining)
+        _check_choice("router", self.router, RouterTraining)
         if self.rank < 1:
             raise PomonaError(f"rank {self.rank} is not positive; use 1 or more")
         if not (0 <= self.warm_up < 1 and 0 <= self.floor <= 1):

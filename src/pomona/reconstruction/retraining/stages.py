@@ -95,7 +95,7 @@ def _run(
         scale_routers(sites, settings.router.temperature)  # softmax(logits / t) starts as in use
     routers = router_weights(sites)
     if soft_stage:
-        train_routers(sites)
+        train_routers(sites, relative=False)
     else:
         train_experts(student, sites, settings.experts, torch_generator(seed, "retraining"))
     parameters = list(trained(student).values())
@@ -112,12 +112,15 @@ def _run(
     floor, warm = (1.0, 0.0) if soft_stage else (settings.experts.floor, settings.experts.warm_up)
     lowest = own.learning_rate * (1.0 if own.schedule == "constant" else floor)
 
+    device = parameters[0].device
     with routed_by(sites, route) as routed:
 
         def losses(number: int) -> PerClient:
             routed.clear()
             chosen = order[number * settings.batch : (number + 1) * settings.batch]
-            loss = language_loss(student, teacher, windows_BT[chosen].long(), settings.objective)
+            loss = language_loss(
+                student, teacher, windows_BT[chosen].long().to(device), settings.objective
+            )
             return (loss + router_loss(routed, settings.objective)).unsqueeze(0)
 
         def tell(moments: Moments, loss_C: PerClient) -> None:

@@ -41,22 +41,34 @@ class LowRank(nn.Module):
 
 
 class Whole(nn.Module):
-    """A float32 copy [1, ...] that replaces a weight."""
+    """A float32 copy [1, ...] that replaces a weight, in units of `unit`, a power of two."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, unit: float = 1.0) -> None:
         super().__init__()
-        self.copy = nn.Parameter(weight.detach().float().clone().unsqueeze(0))
+        self.copy = nn.Parameter(weight.detach().float().clone().unsqueeze(0) / unit)
+        self.unit = unit
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the copy in the weight's dtype."""
-        return self.copy[0].to(weight.dtype)
+        return (self.copy[0] * self.unit).to(weight.dtype)
 
 
-def train_routers(sites: Sequence[ExpertSite]) -> None:
-    """Make every router's weight [E, D] learn."""
+def train_routers(sites: Sequence[ExpertSite], relative: bool) -> None:
+    """Make every router's weight [E, D] learn.
+
+    `relative`: in units of its root mean square, as large as AdamW's steps are anyway. The rows of a fitted
+    router may be short, and steps of the experts' size would throw its choices about.
+    """
     for site in sites:
         for module, name in _router_weights(site):
-            _put(module, name, Whole(cast(Tensor, getattr(module, name))))
+            weight = cast(Tensor, getattr(module, name))
+            _put(module, name, Whole(weight, _size(weight) if relative else 1.0))
+
+
+def _size(weight: Tensor) -> float:
+    """Return the root mean square, rounded to a power of two so that units change no bit."""
+    size = float(weight.detach().float().square().mean().sqrt())
+    return 2.0 ** round(math.log2(size)) if size > 0 else 1.0
 
 
 def train_experts(
@@ -75,8 +87,8 @@ def train_experts(
                 else Whole(weight)
             )
             _put(module, name, how)
-    if stage.router:
-        train_routers(sites)
+    if stage.router != "none":
+        train_routers(sites, stage.router == "relative")
     if stage.norms:
         for module in model.modules():
             if type(module).__name__.endswith("RMSNorm"):

@@ -26,5 +26,6 @@ class Score(Protocol):
 
 def score_layers(score: Score, stats: Sequence[ChannelStats], dense: DenseModel) -> PerLayerChannel:
     """Return the scores of all layers, [L, F], in float64."""
-    weights = [down.weight.detach().double() for down in dense.downs]
-    return torch.stack([score(own, w) for own, w in zip(stats, weights, strict=True)])
+    return torch.stack(
+        [score(own, dense.down_DF(layer).double().cpu()) for layer, own in enumerate(stats)]
+    )

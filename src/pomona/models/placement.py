@@ -1,0 +1,71 @@
+"""Where a model's weights lie while it is used: all on one device, or on disk until a layer's turn."""
+
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from pomona.errors import PomonaError
+from pomona.models.dense import DenseFamily
+from pomona.models.loading import Dtype, load_model
+from pomona.models.weights import Checkpoint
+
+
+@dataclass(frozen=True)
+class Placement:
+    """`device` "auto" is the first GPU, if there is one, else the CPU.
+
+    With `offload` a layer's weights are read from the checkpoint when it is used and dropped again, so
+    that a model larger than memory runs. `layers` are how many layers' sums and experts are held at once
+    while a mixture is made, 0 for all. No result depends on either.
+    """
+
+    device: str = "auto"
+    offload: bool = False
+    layers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.layers < 0:
+            raise PomonaError(f"layers {self.layers} is negative; use 0 for all at once")
+        self.torch_device()
+
+    def torch_device(self) -> torch.device:
+        """Return the device; raises `PomonaError` where this machine has none of that name."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            return torch.empty(0, device=self.device).device
+        except (RuntimeError, AssertionError) as error:
+            raise PomonaError(
+                f'device "{self.device}" is not there; use auto, cpu or cuda'
+            ) from error
+
+
+@contextmanager
+def placed(
+    checkpoint: Checkpoint, family: DenseFamily, dtype: Dtype, placement: Placement
+) -> Generator[PreTrainedModel]:
+    """Yield the model of a dense checkpoint where `placement` says."""
+    device = placement.torch_device()
+    if not placement.offload:
+        yield moved(load_model(checkpoint.folder, dtype), device)
+        return
+    layers = range(int(checkpoint.config["num_hidden_layers"]))
+    block = family.mlp.rpartition(".")[0]
+    device_map = dict.fromkeys(family.ends, str(device))
+    device_map |= {block.format(layer=layer): "disk" for layer in layers}
+    with tempfile.TemporaryDirectory() as spare:  # stays empty: safetensors are read where they are
+        yield load_model(
+            checkpoint.folder, dtype, {"device_map": device_map, "offload_folder": spare}
+        )
+
+
+def moved(model: PreTrainedModel, to: torch.device | torch.dtype) -> PreTrainedModel:
+    """Return the model itself, on another device or in another dtype."""
+    cast(nn.Module, model).to(to)
+    return model
