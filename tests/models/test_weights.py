@@ -113,10 +113,12 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("config.json", "{nope", "Expecting property name"),
+        ("config.json", "{nope", "key must be a string"),
         ("config.json", "[1]", "it is not a JSON object"),
-        ("config.json", b"\xff\xfe", "can't decode byte"),
-        ("model.safetensors.index.json", "{nope", "Expecting property name"),
+        ("config.json", b"\xff\xfe", "expected value"),
+        ("config.json", '{"a": ' * 5000, "recursion limit"),
+        ("config.json", '{"model_type": "\\ud800"}', "hex escape"),
+        ("model.safetensors.index.json", "{nope", "key must be a string"),
         ("model.safetensors.index.json", "{}", "it has no weight_map"),
         ("model.safetensors.index.json", '{"weight_map": []}', "it has no weight_map"),
     ],

@@ -12,10 +12,10 @@ from pomona.federation.clients import ClientData
 from pomona.federation.graft import Graft
 from pomona.federation.partition import PARTITIONS, Dirichlet
 from pomona.federation.selection import SELECTIONS, RandomExpert
-from pomona.federation.strategies import STRATEGIES, FedProx
+from pomona.federation.strategies import STRATEGIES, FedAvg, FedProx
 from pomona.recipe import build, dump, read_recipe
 from pomona.recipe.reconstruct import ReconstructRecipe, read_reconstruct_recipe
-from pomona.recipe.registries import REGISTRIES
+from pomona.recipe.registries import REGISTRIES, lacking
 from pomona.reconstruct import ReconstructSettings
 from pomona.reconstruction.compensate import COMPENSATIONS
 from pomona.reconstruction.router import ROUTERS
@@ -30,6 +30,46 @@ class OutsideStrategy:
     """What another package could bring."""
 
     strength: float = 1.0
+    shares = "adapter"
+    penalty = FedAvg.penalty
+    init = FedAvg.init
+    aggregate = FedAvg.aggregate
+
+
+@dataclass(frozen=True)
+class Half:
+    """A server without a client's half."""
+
+    shares = "adapter"
+    init = FedAvg.init
+    aggregate = FedAvg.aggregate
+
+
+@dataclass(frozen=True)
+class Hoarder:
+    """Whoever does not say what is shared."""
+
+    penalty = FedAvg.penalty
+    init = FedAvg.init
+    aggregate = FedAvg.aggregate
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """An aggregation that takes no updates."""
+
+    shares = "adapter"
+    penalty = FedAvg.penalty
+    init = FedAvg.init
+
+    def aggregate(self, state):
+        """Return the state."""
+        return state
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """A dataclass and no more."""
 
 
 def no_dataclass() -> None:
@@ -43,7 +83,8 @@ def outside(monkeypatch: pytest.MonkeyPatch) -> str:
     import types
 
     module = types.ModuleType("pomona_outside")
-    module.OutsideStrategy = OutsideStrategy
+    for each in (OutsideStrategy, Half, Hoarder, Narrow, Nothing):
+        setattr(module, each.__name__, each)
     module.no_dataclass = no_dataclass
     monkeypatch.setitem(sys.modules, "pomona_outside", module)
     monkeypatch.setattr(OutsideStrategy, "__module__", "pomona_outside")
@@ -176,6 +217,33 @@ def test_an_outside_member_that_is_none_is_named(tmp_path, outside, kind):
     message = complaint(tmp_path, GOOD + f'strategy = "{kind}"\n' + DATA)
     assert "strategy" in message
     assert f'"{kind}"' in message
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("Half", "is no strategy: it has no method penalty(adapter, anchor)"),
+        ("Hoarder", "is no strategy: it has no shares"),
+        ("Narrow", "is no strategy: its aggregate does not take (state, updates)"),
+    ],
+)
+def test_an_outside_strategy_that_lacks_something_is_refused(tmp_path, outside, name, says):
+    message = complaint(tmp_path, GOOD + f'strategy = "{outside}:{name}"\n' + DATA)
+    assert f'strategy: "{outside}:{name}" {says}' in message
+
+
+def test_every_protocol_is_checked(tmp_path, outside):
+    """A dataclass without anything is refused wherever a kind can be named, and a member never is."""
+    for protocol, registry in REGISTRIES.items():
+        assert lacking(protocol, Nothing()) is not None, protocol
+        for cls in registry.values():
+            assert lacking(protocol, cls()) is None, cls
+    for table, key in (
+        (f'template = "{outside}:Nothing"\n' + DATA, "template"),
+        (DATA + f'partition = "{outside}:Nothing"\n', "data: partition"),
+        (DATA + f'[graft]\nselection = "{outside}:Nothing"\n', "graft: selection"),
+    ):
+        assert f'{key}: "{outside}:Nothing" is no ' in complaint(tmp_path, GOOD + table)
 
 
 def test_an_unset_variable_is_refused_and_a_set_one_filled_in(tmp_path, monkeypatch):

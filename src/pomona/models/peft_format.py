@@ -7,7 +7,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from pomona.errors import PomonaError
-from pomona.files import atomic_folder, damaged, follow_umask
+from pomona.files import atomic_folder, damaged
 from pomona.models.lora import LoRA
 from pomona.models.weights import read_tensors, write_tensors
 
@@ -37,7 +37,6 @@ def write_adapter(folder: Path, lora: LoRA, tensors: Mapping[str, Tensor], base:
         config.save_pretrained(str(partial))
         named = {f"{_PREFIX}{name}.weight": value for name, value in tensors.items()}
         write_tensors(partial / _WEIGHTS, named, {"format": "pt"})
-        follow_umask(partial / _WEIGHTS)
 
 
 def read_adapter(folder: Path) -> tuple[LoRA, dict[str, Tensor]]:

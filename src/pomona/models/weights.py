@@ -102,11 +102,11 @@ def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> N
         save_file(tensors, str(path), metadata)
     except SafetensorError as error:
         raise OSError(None, str(error)) from error
+    follow_umask(path)
 
 
 def _write_shard(folder: Path, number: int, tensors: dict[str, Tensor]) -> list[str]:
     _save(tensors, folder / f"shard-{number}", {"format": "pt"})
-    follow_umask(folder / f"shard-{number}")
     return list(tensors)
 
 
