@@ -1,6 +1,7 @@
 """Atomic writing, reading JSON back, and locks: a reader sees the old file or the new, never half."""
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -84,12 +85,24 @@ def follow_umask(path: Path) -> None:
     path.chmod(0o666 & ~mask)
 
 
+def digest_of(path: Path) -> str:
+    """Return a file's SHA-256; raises `PomonaError` when it is missing or cannot be read."""
+    return hashlib.sha256(_read_bytes(path)).hexdigest()
+
+
 def cannot_write(path: Path, error: OSError) -> PomonaError:
     """Return the sentence for a write that the operating system refused."""
     reason = error.strerror or str(error)
     return PomonaError(
         f"cannot write {path}: {reason}; make room or choose another place, "
         "then run the same command again"
+    )
+
+
+def cannot_read(path: Path, error: OSError) -> PomonaError:
+    """Return the sentence for a read that the operating system refused."""
+    return PomonaError(
+        f"cannot read {path}: {error.strerror or error}; check the path and its mode"
     )
 
 
@@ -132,7 +145,7 @@ def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise PomonaError(f"cannot read {path}: {error.strerror or error}") from error
+        raise cannot_read(path, error) from error
 
 
 def damaged(path: Path, reason: Exception | str) -> PomonaError:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pomona.data.templates import TEMPLATES
+from pomona.data.templates import TEMPLATES, Chat
 from pomona.errors import PomonaError
 from pomona.federate import FederateSettings
 from pomona.federation.clients import ClientData
@@ -156,6 +156,19 @@ def test_an_unknown_key_is_named_and_the_valid_ones_listed(tmp_path, text, named
         ("adapter = {targets = [1]}\n", ["adapter: targets", "[1]", "string"]),
         ("rounds = 0\n", ["rounds 0", "1 or more"]),
         ('strategy = {kind = "fedprox", mu = -1.0}\n', ["strategy: FedProx mu -1.0"]),
+        *(
+            (
+                f"local = {{optimiser = {{{name} = {value}}}}}\n",
+                [f"local: optimiser: {name} {value} is not between 0 and 1"],
+            )
+            for name in ("beta1", "beta2")
+            for value in (1.0, 1.5, -0.1)
+        ),
+        ("local = {optimiser = {beta1 = nan}}\n", ["local: optimiser: beta1", "nan", "finite"]),
+        ("local = {optimiser = {clip = -1.0}}\n", ["local: optimiser: clip -1.0 is negative"]),
+        ("adapter = {alpha = inf}\n", ["adapter: alpha", "inf", "finite"]),
+        ('template = {kind = "chat", system = 3}\n', ["template: system is 3", "string"]),
+        ('template = {kind = "alpaca", system = "x"}\n', ['template: unknown key "system"']),
     ],
 )
 def test_a_wrong_type_or_value_is_named_with_what_would_be_right(tmp_path, text, parts):
@@ -192,6 +205,16 @@ def test_a_kind_without_settings_may_be_written_as_text(tmp_path):
     long = read(tmp_path, GOOD + DATA + '[strategy]\nkind = "fedprox"\n')
     assert short == long
     assert short.strategy == FedProx()
+
+
+def test_the_system_turn_of_the_chat_template_is_a_recipe_s_to_set(tmp_path):
+    for text in (
+        'template = {kind = "chat", system = "Be brief."}\n' + DATA,
+        DATA + '[template]\nkind = "chat"\nsystem = "Be brief."\n',
+    ):
+        settings = read(tmp_path, GOOD + text)
+        assert settings.template == Chat("Be brief.")
+        assert read(tmp_path, dump(settings)) == settings
 
 
 def test_an_outside_member_is_imported_with_its_settings(tmp_path, outside):

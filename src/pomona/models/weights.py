@@ -1,5 +1,6 @@
 """Weights on disk: safetensors only, read lazily, written in shards."""
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,6 +82,23 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(str(path))
     except SafetensorError as error:
         raise damaged(path, error) from error
+
+
+def tensor_spans(path: Path) -> tuple[bytes, list[tuple[int, int]]]:
+    """Return a safetensors file's header and every tensor's (first byte, size in bytes), in order.
+
+    Raises `PomonaError` naming a file that is missing or damaged.
+    """
+    _opened(path)  # the library's own checks come first
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length)
+    ends = sorted(
+        entry["data_offsets"]
+        for name, entry in json.loads(header).items()
+        if name != "__metadata__"
+    )
+    return header, [(8 + length + start, end - start) for start, end in ends]
 
 
 def metadata(path: Path) -> dict[str, str]:
