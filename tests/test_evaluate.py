@@ -254,7 +254,7 @@ def test_a_graft_form_is_read_from_its_folder(settings, run_dir, texts, tmp_path
     ("file", "change", "says"),
     [
         ("graft_config.json", "{nope", "graft_config.json is damaged or cut off"),
-        ("graft_config.json", "[]", "it is not a JSON object"),
+        ("graft_config.json", "[]", "graft_config.json is damaged or cut off"),
         ("graft_config.json", {"rank": None}, "graft_config.json is damaged"),
         ("graft_config.json", {"form": "leaf"}, 'graft form "leaf" is unknown; use one of delta'),
         ("graft.safetensors", "short", "graft.safetensors is damaged or cut off"),
@@ -273,7 +273,7 @@ def test_a_damaged_graft_is_told(run_dir, moe_dir, rows_dir, tmp_path, file, cha
 def test_a_graft_config_without_a_field_is_told(run_dir, moe_dir, rows_dir, tmp_path):
     shutil.copytree(run_dir / "clients/pears/graft", tmp_path / "graft")
     (tmp_path / "graft/graft_config.json").write_text("{}")
-    with pytest.raises(PomonaError, match="it has no 'form'"):
+    with pytest.raises(PomonaError, match="form: Field required"):
         on(moe_dir, rows=rows_dir / "test.jsonl", graft=tmp_path / "graft")
 
 

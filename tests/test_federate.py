@@ -63,15 +63,17 @@ def test_a_run_leaves_what_it_promises(settings, tmp_path):
     assert set(files_of(tmp_path / "run")) == {
         "recipe.toml",
         "run.json",
+        "inputs.json",
         "metrics.jsonl",
         "answers.jsonl",
         "results.json",
         "shared/adapter_config.json",
         "shared/adapter_model.safetensors",
+        "shared/pomona.json",
         *(
             f"clients/{name}/graft/{file}"
             for name in ("apples", "pears", "plums")
-            for file in ("graft.safetensors", "graft_config.json")
+            for file in ("graft.safetensors", "graft_config.json", "pomona.json")
         ),
     }
     assert list(results["base"]["clients"]) == ["apples", "pears", "plums"]
@@ -325,3 +327,18 @@ def test_a_client_that_diverges_is_named_even_in_the_last_step(settings, tmp_pat
     ):
         run(replace(settings, rounds=1, local=wild), tmp_path / "run")
     assert not (tmp_path / "run/results.json").exists()
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o077, 0o600), (0o022, 0o644), (0o002, 0o664)])
+def test_every_file_has_the_mode_that_the_umask_says(settings, tmp_path, mask, mode):
+    """Also the tensors: safetensors would write them for their owner alone."""
+    before = os.umask(mask)
+    try:
+        run(replace(settings, rounds=1), tmp_path / "run")
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(files) == 7 + 3 + 3 * 3
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in files} == {
+        path.name: oct(mode) for path in files
+    }

@@ -1,14 +1,15 @@
 """Evaluate: what a model, or a client's personal model, is worth on text and on rows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from pomona.artifacts.graft_format import read_graft
+from pomona.artifacts.origin import check_base, prompt_for
 from pomona.data.examples import encode, padding_id
 from pomona.data.rows import read_rows
-from pomona.data.templates import TEMPLATES
+from pomona.data.templates import Template
 from pomona.data.texts import consecutive_windows, has_held_out, read_domains, read_texts
 from pomona.errors import PomonaError
 from pomona.evaluation.loss import RowLoss, perplexity, text_loss
@@ -31,19 +32,24 @@ def measure(
     rows: Path | None,
     adapter: Path | None,
     graft: Path | None,
-    template: str,
+    template: str | None,
     limit: int,
     length: int | None,
     new_tokens: int,
     progress: Progress = silent,
+    note: Callable[[str], None] = lambda told: None,
 ) -> Figures:
     """Return the figures of each text domain (loss, perplexity) or of the rows (and ROUGE-L).
 
     Without a `length` the longest row or window has 512 tokens, or what the model's context holds.
+    Without a `template` rows are asked as the adapter or graft says it was trained, else as Alpaca's;
+    `note` is told when they are asked otherwise.
 
     Raises `PomonaError` when there is nothing to measure on or the length does not fit.
     """
-    _check(text, rows, template, limit, 512 if length is None else length, new_tokens)
+    _check(text, rows, limit, 512 if length is None else length, new_tokens)
+    parts = [part for part in (adapter, graft) if part is not None]
+    form = prompt_for(template, parts if rows is not None else [], note)
     base, state = _personal(source, adapter, graft)
     if length is None:
         length = min(512, context_length(base.model))
@@ -53,18 +59,20 @@ def measure(
             f"{context_length(base.model)} tokens; make it smaller"
         )
     if rows is not None:
-        return _on_rows(source, base, state, rows, template, limit, length, new_tokens, progress)
+        return _on_rows(source, base, state, rows, form, limit, length, new_tokens, progress)
     return _on_text(source, base, state, str(text), limit, length, progress)
 
 
 def _check(
-    text: str | None, rows: Path | None, template: str, limit: int, length: int, new_tokens: int
+    text: str | None,
+    rows: Path | None,
+    limit: int,
+    length: int,
+    new_tokens: int,
 ) -> None:
     """See what can be seen before a model is loaded."""
     if (text is None) == (rows is None):
         raise PomonaError("give either --text or --rows to measure on")
-    if template not in TEMPLATES:
-        raise PomonaError(f'unknown template "{template}"; there are {", ".join(TEMPLATES)}')
     for name, value, least in (
         ("limit", limit, 0),
         ("length", length, 2),
@@ -93,6 +101,7 @@ def _personal(
     if graft is not None:
         _check_fits(private, base.init_graft(0, "", [0] * len(sites)), graft, source)
         _check_experts(private, sites, graft, source)
+    check_base([part for part in (adapter, graft) if part is not None], base, source, private)
     return base, ClientState(shared, private)
 
 
@@ -156,13 +165,13 @@ def _on_rows(
     base: FrozenBase,
     state: ClientState,
     path: Path,
-    template: str,
+    form: Template,
     limit: int,
     length: int,
     new_tokens: int,
     progress: Progress,
 ) -> Figures:
-    tokenizer, form = load_tokenizer(source), TEMPLATES[template]()
+    tokenizer = load_tokenizer(source)
     encoded = [
         (row, encode(row, form, tokenizer, length)) for row in read_rows(path)[: limit or None]
     ]

@@ -13,6 +13,8 @@ from typing import Any, Literal
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from pomona.artifacts.inputs import inputs_of
+from pomona.artifacts.origin import origin_of, origin_of_graft
 from pomona.artifacts.results import assemble_results
 from pomona.artifacts.run import RunDirectory, Snapshot
 from pomona.data.examples import Example, collate, encode, padding_id
@@ -26,7 +28,7 @@ from pomona.federation.measure import Evaluation, answers_of, loss_summary, loss
 from pomona.federation.sampling import participants
 from pomona.federation.strategies import FedAvg, Strategy
 from pomona.federation.update import ClientState, Update, join, split
-from pomona.models.experts import ExpertSite, find_expert_sites, freeze
+from pomona.models.experts import ExpertSite, expert_sites_if_any, find_expert_sites, freeze
 from pomona.models.loading import context_length, load_model, load_tokenizer
 from pomona.models.lora import LoRA
 from pomona.progress import Progress, silent
@@ -88,9 +90,11 @@ def federate(
 
     Raises `PomonaError` for whatever is wrong with the model, the data or the disk.
     """
+    rows = settings.data.load(settings.seed)
+    run.claim(inputs_of(settings.model, rows, progress))
     if run.finished:
         return run.results()
-    federation = _prepare(settings, run, progress)
+    federation = _prepare(settings, run, rows, progress)
     snapshot = run.snapshot() or _begin(federation)
     for round_ in range(snapshot.round + 1, settings.rounds + 1):
         progress("rounds", round_ - 1, settings.rounds)
@@ -99,8 +103,12 @@ def federate(
     return _finish(federation, snapshot)
 
 
-def _prepare(settings: FederateSettings, run: RunDirectory, progress: Progress) -> _Federation:
-    rows = settings.data.load(settings.seed)
+def _prepare(
+    settings: FederateSettings,
+    run: RunDirectory,
+    rows: Mapping[str, ClientRows],
+    progress: Progress,
+) -> _Federation:
     tokenizer = load_tokenizer(settings.model)
     model = load_model(settings.model, settings.dtype)
     if settings.max_length > context_length(model):
@@ -130,12 +138,7 @@ def _prepare(settings: FederateSettings, run: RunDirectory, progress: Progress) 
 
 def _sites(model: Any, graft: Graft | None) -> tuple[ExpertSite, ...]:
     """A graft needs experts to grow from; without one, a dense model federates as well."""
-    try:
-        return tuple(find_expert_sites(model))
-    except PomonaError:
-        if graft is not None:
-            raise
-        return ()
+    return tuple(find_expert_sites(model)) if graft is not None else expert_sites_if_any(model)
 
 
 def _begin(federation: _Federation) -> Snapshot:
@@ -279,8 +282,7 @@ def _communication(
 
 def _finish(federation: _Federation, snapshot: Snapshot) -> dict[str, Any]:
     """Evaluate answers, publish what a user keeps, write the results last."""
-    settings, run = federation.settings, federation.run
-    shared = snapshot.server.shared
+    run, shared = federation.run, snapshot.server.shared
     answers: list[dict[str, Any]] = []
     routing: list[dict[str, Any]] = []
     private = {name: run.client(snapshot, name) for name in federation.test}
@@ -290,15 +292,27 @@ def _finish(federation: _Federation, snapshot: Snapshot) -> dict[str, Any]:
             answers += _answer_lines(federation, name, kind, state)
             if federation.base.sites:
                 routing.append(_routing_line(federation, name, kind, state))
-    if shared:
-        run.publish_shared(settings.adapter, shared, settings.model)
-    for name, own in private.items():
-        run.publish_client(name, own, settings.adapter, settings.graft, settings.model)
+    _publish(federation, shared, private)
     run.write_answers(answers)
-    results = assemble_results(answers, routing, federation.base.sites, private)
-    run.finish(results)
+    results = run.finish(assemble_results(answers, routing, federation.base.sites, private))
     federation.progress("answering", len(private), len(private))
     return results
+
+
+def _publish(
+    federation: _Federation, shared: Mapping[str, Tensor], private: Mapping[str, ClientState]
+) -> None:
+    """Write what a user keeps, each part with the fingerprint of the base it belongs to."""
+    settings, run, base = federation.settings, federation.run, federation.base
+    origin = origin_of(base, settings.model, settings.template, settings.max_length)
+    if shared:
+        run.publish_shared(settings.adapter, shared, origin)
+    for name, own in private.items():
+        if own.adapter:
+            run.publish_adapter(name, settings.adapter, own.adapter, origin)
+        if settings.graft is not None:
+            grown = origin_of_graft(origin, base, own.graft)
+            run.publish_graft(name, settings.graft, own.graft, grown)
 
 
 def _answer_lines(

@@ -1,15 +1,21 @@
 """Atomic writing, reading JSON back, and locks: a reader sees the old file or the new, never half."""
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json
 
 from pomona.errors import PomonaError
+
+Content = TypeVar("Content")
 
 
 def _sync(path: Path) -> None:
@@ -79,12 +85,24 @@ def follow_umask(path: Path) -> None:
     path.chmod(0o666 & ~mask)
 
 
+def digest_of(path: Path) -> str:
+    """Return a file's SHA-256; raises `PomonaError` when it is missing or cannot be read."""
+    return hashlib.sha256(_read_bytes(path)).hexdigest()
+
+
 def cannot_write(path: Path, error: OSError) -> PomonaError:
     """Return the sentence for a write that the operating system refused."""
     reason = error.strerror or str(error)
     return PomonaError(
         f"cannot write {path}: {reason}; make room or choose another place, "
         "then run the same command again"
+    )
+
+
+def cannot_read(path: Path, error: OSError) -> PomonaError:
+    """Return the sentence for a read that the operating system refused."""
+    return PomonaError(
+        f"cannot read {path}: {error.strerror or error}; check the path and its mode"
     )
 
 
@@ -102,19 +120,38 @@ def write_json(path: Path, value: object) -> None:
 def read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object; raises `PomonaError` naming the file that is damaged or none."""
     try:
-        value = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise PomonaError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:  # malformed JSON as well as bytes that are not UTF-8
+        value = from_json(_read_bytes(path))
+    except ValueError as error:  # no JSON, no UTF-8, half characters, nested without end
         raise damaged(path, error) from error
     if not isinstance(value, dict):
         raise damaged(path, "it is not a JSON object")
     return cast(dict[str, Any], value)
 
 
+def read_as(path: Path, content: type[Content]) -> Content:
+    """Read JSON as a dataclass, every field of its exact type; more fields than it has are ignored.
+
+    Raises `PomonaError` naming the file and the first field that is absent or of another type.
+    """
+    try:
+        return TypeAdapter(content).validate_json(_read_bytes(path), strict=True)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(str(part) for part in problem["loc"])
+        raise damaged(path, f"{place}: {problem['msg']}" if place else problem["msg"]) from error
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise cannot_read(path, error) from error
+
+
 def damaged(path: Path, reason: Exception | str) -> PomonaError:
     """Return the sentence for a file whose content is not what was once written."""
-    return PomonaError(f"{path} is damaged or cut off ({reason}); copy or download it again")
+    told = " ".join(str(reason).split())
+    return PomonaError(f"{path} is damaged or cut off ({told}); copy or download it again")
 
 
 def hold(lock: int, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -17,6 +18,7 @@ from pomona.federation.graft import Graft
 from pomona.federation.local import LocalTraining
 from pomona.federation.measure import Evaluation
 from pomona.federation.strategies import LocalOnly
+from pomona.files import digest_of
 from pomona.models.lora import LoRA
 from pomona.recipe import dump
 
@@ -131,3 +133,60 @@ def test_what_cannot_be_reported_is_named(runs, tmp_path):
     with pytest.raises(PomonaError, match="is not finished; run its command again"):
         write_report([tmp_path / "half"], tmp_path / "r.html")
     assert not (tmp_path / "r.html").exists()
+
+
+def altered(run, path, recipe=("", ""), **about):
+    """Copy a finished run, as if its recipe and run.json had said something else from the start."""
+    shutil.copytree(run, path)
+    text = (path / "recipe.toml").read_text("utf-8")
+    assert recipe[0] in text
+    (path / "recipe.toml").write_text(text.replace(*recipe), encoding="utf-8")
+    told = json.loads((path / "run.json").read_text()) | about
+    (path / "run.json").write_text(json.dumps(told))
+    results = json.loads((path / "results.json").read_text())
+    results["files"]["recipe.toml"] = digest_of(path / "recipe.toml")
+    (path / "results.json").write_text(json.dumps(results))
+    return path
+
+
+def refused(runs, tmp_path):
+    with pytest.raises(PomonaError) as caught:
+        write_report(runs, tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()
+    assert str(runs[0]) in str(caught.value)
+    return str(caught.value)
+
+
+def test_runs_of_different_models_are_not_compared(runs, moe_dir, tmp_path):
+    other = altered(runs[2], tmp_path / "other", (str(moe_dir), "/another/model"), method="other")
+    message = refused([runs[0], other], tmp_path)
+    assert f"are of different models ({moe_dir}, /another/model); compare runs of one" in message
+
+
+def test_one_run_given_twice_is_not_two(runs, tmp_path):
+    assert 'are both "flex & <co>" with seed 0; give each run once' in refused(
+        [runs[0], runs[0]], tmp_path
+    )
+
+
+def test_one_method_with_other_settings_is_another_method(runs, tmp_path):
+    other = altered(runs[1], tmp_path / "other", ("steps = 1", "steps = 2"))
+    message = refused([runs[0], other], tmp_path)
+    assert 'are both called "flex & <co>" and differ in local; give them different names' in message
+    renamed = altered(runs[1], tmp_path / "renamed", ("steps = 1", "steps = 2"), method="longer")
+    write_report([runs[0], renamed], tmp_path / "r.html")
+
+
+def test_runs_of_other_clients_are_not_compared(runs, tmp_path):
+    other = altered(runs[2], tmp_path / "other", method="other")
+    text = (other / "results.json").read_text().replace('"plums"', '"kiwis"')
+    (other / "results.json").write_text(text)
+    assert "have different clients; report runs of one federation" in refused(
+        [runs[0], other], tmp_path
+    )
+
+
+def test_a_run_of_another_version_is_told(runs, tmp_path):
+    older = altered(runs[0], tmp_path / "older", format=1)
+    with pytest.raises(PomonaError, match="older was written by another version of Pomona"):
+        write_report([older], tmp_path / "r.html")

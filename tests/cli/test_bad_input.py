@@ -244,6 +244,16 @@ def test_federate_names_a_mistake_in_its_recipe(refused, settings, tmp_path, cha
         ("{", "train.jsonl:31: not valid JSON"),
         ('{"instruction": "x", "category": "pears"}', 'train.jsonl:31: the field "response"'),
         ("3", "train.jsonl:31: not a JSON object"),
+        ('{"a": ' * 5000 + "1" + "}" * 5000, "train.jsonl:31: nested too deeply"),
+        (
+            '{"instruction": "x", "response": "\\ud800", "category": "pears"}',
+            'train.jsonl:31: the field "response" holds half a character',
+        ),
+        (
+            '{"instruction": "x", "response": "y", "category": "\\udc00"}',
+            'train.jsonl:31: the field "category" holds half a character',
+        ),
+        ('{"\\ud800": "x"}', 'train.jsonl:31: the field "instruction" is missing'),
     ],
 )
 def test_federate_names_a_broken_row(refused, settings, tmp_path, rows_dir, line, says):
@@ -323,6 +333,20 @@ def test_evaluate_names_what_it_cannot_use(refused, moe_dir, rows_dir, domains, 
     for says, arguments in wrong.items():
         assert says in refused("evaluate", *arguments, "--json", out)
         assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--limit", -1, "limit -1 is too small; use 0 or more"),
+        ("--length", -5, "length -5 is too small; use 2 or more"),
+        ("--new-tokens", -1, "new tokens -1 is too small; use 0 or more"),
+    ],
+)
+def test_evaluate_takes_no_negative_numbers(refused, moe_dir, rows_dir, option, value, says):
+    given = {"--length": 96, "--new-tokens": 2, option: value}
+    options = [part for pair in given.items() for part in pair]
+    assert says in refused("evaluate", moe_dir, "--rows", rows_dir / "test.jsonl", *options)
 
 
 def test_report_names_a_folder_that_is_no_run(refused, tmp_path):

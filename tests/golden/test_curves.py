@@ -46,7 +46,7 @@ def test_federation(kind, moe_dir, rows_dir, tmp_path):
         local=LocalTraining(steps=3, batch=2, learning_rate=0.02),
         evaluation=Evaluation(rows=4, answers=0, every=1),
     )
-    with RunDirectory.open(tmp_path / "run", dump(settings), {}) as run:
+    with RunDirectory.open(tmp_path / "run", dump(settings), {"method": "m", "seed": 0}) as run:
         federate(settings, run)
     lines = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text("utf-8").splitlines())
     curve: dict[str, float] = {}

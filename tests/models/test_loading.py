@@ -82,9 +82,103 @@ def test_a_tokenizer_without_an_end_is_refused(copy):
 
 def test_a_folder_is_itself_and_a_path_that_is_none_is_told(copy, tmp_path):
     assert checkpoint_folder(str(copy)) == copy
-    for wrong in (tmp_path / "none", "./none", "a/b/c", "none"):
-        with pytest.raises(PomonaError, match=r"(none|a/b/c) is not a folder"):
+    for wrong in (tmp_path / "none", "./none", "a/b/c", "~/none"):
+        with pytest.raises(PomonaError, match=r"(none|a/b/c) is not a folder; give a checkpoint"):
             checkpoint_folder(wrong)
+
+
+@pytest.mark.parametrize("open_", [load_model, load_tokenizer, checkpoint_folder])
+@pytest.mark.parametrize("name", ["mixtrue", "runs/mixtrue"])
+def test_a_mistyped_folder_is_not_only_a_hub_id(monkeypatch, open_, name):
+    """What is neither is told as both, after one try and without the library's retries."""
+    import huggingface_hub
+
+    def absent(*_, **__):
+        raise OSError("404 Client Error.\nRepository Not Found")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", absent)
+    with pytest.raises(PomonaError) as caught:
+        open_(name)
+    assert str(caught.value) == (
+        f"{name} is not a folder, and as a Hub id it cannot be fetched (404 Client Error); check the "
+        "path or the id"
+    )
+
+
+@pytest.mark.parametrize("open_", [load_model, load_tokenizer])
+def test_a_hub_id_is_fetched_once_and_opened_like_a_folder(monkeypatch, dense_dir, open_):
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, **_: asked.append(name) or dense_dir
+    )
+    assert open_("org/name") is not None
+    assert asked == ["org/name"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"hidden_act": "zzz"},
+            'its config.json says hidden_act = "zzz", which is unknown; repair',
+        ),
+        (
+            {"rope_parameters": {"rope_type": "zzz", "rope_theta": 1.0}},
+            'its config.json says rope_type = "zzz", which is unknown; repair config.json',
+        ),
+        ({"num_attention_heads": 0}, "modulo by zero; check its config.json"),
+        ({"model_type": "zzz"}, "model type `zzz`.*; check its config.json"),
+    ],
+)
+def test_a_config_that_no_model_is_made_from_is_told(copy, changes, says):
+    change_config(copy, **changes)
+    with pytest.raises(PomonaError, match=says) as caught:
+        load_model(copy)
+    assert str(copy) in str(caught.value)
+
+
+def test_a_checkpoint_with_more_layers_than_its_config_says_is_refused(copy):
+    change_config(copy, num_hidden_layers=1)
+    with pytest.raises(PomonaError) as caught:
+        load_model(copy)
+    assert f'{copy} holds the tensor "model.layers.1.input_layernorm.weight"' in str(caught.value)
+    assert "(9 such tensors)" in str(caught.value)
+
+
+def test_tensors_that_transformers_passes_over_on_purpose_are_no_mistake(copy, models_dir):
+    tensors = read_tensors(copy / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    write_tensors(copy / "model.safetensors", tensors, {"format": "pt"})
+    load_model(copy)
+    tied = shutil.copytree(models_dir / "stories260K", copy / "tied")
+    tensors = read_tensors(tied / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    write_tensors(tied / "model.safetensors", tensors, {"format": "pt"})
+    load_model(tied)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff", b"[]", b"3", b'{"a": ' * 5000, b'{"a": "\\ud800"}', b"{}"]
+)
+def test_a_damaged_tokenizer_is_told(copy, name, content):
+    (copy / name).write_bytes(content)
+    with pytest.raises(PomonaError) as caught:
+        load_tokenizer(copy)
+    assert str(copy) in str(caught.value)
+
+
+def test_without_a_tokenizer_the_sentence_has_an_end(copy):
+    for path in copy.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(PomonaError) as caught:
+        load_tokenizer(copy)
+    assert str(caught.value).endswith(
+        "tokenizer.json (or the family's own files) and tokenizer_config.json"
+    )
+    assert ":;" not in str(caught.value)
 
 
 def test_a_config_with_a_wrong_type_is_told(dense_dir, tmp_path):

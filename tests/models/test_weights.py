@@ -1,6 +1,7 @@
 """Weights on disk: lazily read, written in shards, and a sentence for every broken file."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -113,10 +114,12 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("config.json", "{nope", "Expecting property name"),
+        ("config.json", "{nope", "key must be a string"),
         ("config.json", "[1]", "it is not a JSON object"),
-        ("config.json", b"\xff\xfe", "can't decode byte"),
-        ("model.safetensors.index.json", "{nope", "Expecting property name"),
+        ("config.json", b"\xff\xfe", "expected value"),
+        ("config.json", '{"a": ' * 5000, "recursion limit"),
+        ("config.json", '{"model_type": "\\ud800"}', "hex escape"),
+        ("model.safetensors.index.json", "{nope", "key must be a string"),
         ("model.safetensors.index.json", "{}", "it has no weight_map"),
         ("model.safetensors.index.json", '{"weight_map": []}', "it has no weight_map"),
     ],
@@ -128,3 +131,16 @@ def test_damaged_json_is_named(dense_dir, tmp_path, name, content, reason):
     (tmp_path / "m" / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(PomonaError, match=f"{name} is damaged or cut off .*{reason}"):
         Checkpoint.open(tmp_path / "m")
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o077, 0o600), (0o022, 0o644)])
+def test_weights_have_the_mode_that_the_umask_says(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(2)}, {})
+        write_sharded(tmp_path, ((n, torch.ones(99)) for n in "abc"), 500)
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert len(list(tmp_path.glob("model-*.safetensors"))) == 3
+    assert modes == {mode}

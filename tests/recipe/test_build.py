@@ -5,17 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from pomona.data.templates import TEMPLATES
+from pomona.data.templates import TEMPLATES, Chat
 from pomona.errors import PomonaError
 from pomona.federate import FederateSettings
 from pomona.federation.clients import ClientData
 from pomona.federation.graft import Graft
 from pomona.federation.partition import PARTITIONS, Dirichlet
 from pomona.federation.selection import SELECTIONS, RandomExpert
-from pomona.federation.strategies import STRATEGIES, FedProx
+from pomona.federation.strategies import STRATEGIES, FedAvg, FedProx
 from pomona.recipe import build, dump, read_recipe
 from pomona.recipe.reconstruct import ReconstructRecipe, read_reconstruct_recipe
-from pomona.recipe.registries import REGISTRIES
+from pomona.recipe.registries import REGISTRIES, lacking
 from pomona.reconstruct import ReconstructSettings
 from pomona.reconstruction.compensate import COMPENSATIONS
 from pomona.reconstruction.router import ROUTERS
@@ -31,6 +31,46 @@ class OutsideStrategy:
     """What another package could bring."""
 
     strength: float = 1.0
+    shares = "adapter"
+    penalty = FedAvg.penalty
+    init = FedAvg.init
+    aggregate = FedAvg.aggregate
+
+
+@dataclass(frozen=True)
+class Half:
+    """A server without a client's half."""
+
+    shares = "adapter"
+    init = FedAvg.init
+    aggregate = FedAvg.aggregate
+
+
+@dataclass(frozen=True)
+class Hoarder:
+    """Whoever does not say what is shared."""
+
+    penalty = FedAvg.penalty
+    init = FedAvg.init
+    aggregate = FedAvg.aggregate
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """An aggregation that takes no updates."""
+
+    shares = "adapter"
+    penalty = FedAvg.penalty
+    init = FedAvg.init
+
+    def aggregate(self, state):
+        """Return the state."""
+        return state
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """A dataclass and no more."""
 
 
 def no_dataclass() -> None:
@@ -44,7 +84,8 @@ def outside(monkeypatch: pytest.MonkeyPatch) -> str:
     import types
 
     module = types.ModuleType("pomona_outside")
-    module.OutsideStrategy = OutsideStrategy
+    for each in (OutsideStrategy, Half, Hoarder, Narrow, Nothing):
+        setattr(module, each.__name__, each)
     module.no_dataclass = no_dataclass
     monkeypatch.setitem(sys.modules, "pomona_outside", module)
     monkeypatch.setattr(OutsideStrategy, "__module__", "pomona_outside")
@@ -116,6 +157,19 @@ def test_an_unknown_key_is_named_and_the_valid_ones_listed(tmp_path, text, named
         ("adapter = {targets = [1]}\n", ["adapter: targets", "[1]", "string"]),
         ("rounds = 0\n", ["rounds 0", "1 or more"]),
         ('strategy = {kind = "fedprox", mu = -1.0}\n', ["strategy: FedProx mu -1.0"]),
+        *(
+            (
+                f"local = {{optimiser = {{{name} = {value}}}}}\n",
+                [f"local: optimiser: {name} {value} is not between 0 and 1"],
+            )
+            for name in ("beta1", "beta2")
+            for value in (1.0, 1.5, -0.1)
+        ),
+        ("local = {optimiser = {beta1 = nan}}\n", ["local: optimiser: beta1", "nan", "finite"]),
+        ("local = {optimiser = {clip = -1.0}}\n", ["local: optimiser: clip -1.0 is negative"]),
+        ("adapter = {alpha = inf}\n", ["adapter: alpha", "inf", "finite"]),
+        ('template = {kind = "chat", system = 3}\n', ["template: system is 3", "string"]),
+        ('template = {kind = "alpaca", system = "x"}\n', ['template: unknown key "system"']),
     ],
 )
 def test_a_wrong_type_or_value_is_named_with_what_would_be_right(tmp_path, text, parts):
@@ -154,6 +208,16 @@ def test_a_kind_without_settings_may_be_written_as_text(tmp_path):
     assert short.strategy == FedProx()
 
 
+def test_the_system_turn_of_the_chat_template_is_a_recipe_s_to_set(tmp_path):
+    for text in (
+        'template = {kind = "chat", system = "Be brief."}\n' + DATA,
+        DATA + '[template]\nkind = "chat"\nsystem = "Be brief."\n',
+    ):
+        settings = read(tmp_path, GOOD + text)
+        assert settings.template == Chat("Be brief.")
+        assert read(tmp_path, dump(settings)) == settings
+
+
 def test_an_outside_member_is_imported_with_its_settings(tmp_path, outside):
     text = GOOD + DATA + f'[strategy]\nkind = "{outside}:OutsideStrategy"\nstrength = 2.0\n'
     settings = read(tmp_path, text)
@@ -177,6 +241,33 @@ def test_an_outside_member_that_is_none_is_named(tmp_path, outside, kind):
     message = complaint(tmp_path, GOOD + f'strategy = "{kind}"\n' + DATA)
     assert "strategy" in message
     assert f'"{kind}"' in message
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("Half", "is no strategy: it has no method penalty(adapter, anchor)"),
+        ("Hoarder", "is no strategy: it has no shares"),
+        ("Narrow", "is no strategy: its aggregate does not take (state, updates)"),
+    ],
+)
+def test_an_outside_strategy_that_lacks_something_is_refused(tmp_path, outside, name, says):
+    message = complaint(tmp_path, GOOD + f'strategy = "{outside}:{name}"\n' + DATA)
+    assert f'strategy: "{outside}:{name}" {says}' in message
+
+
+def test_every_protocol_is_checked(tmp_path, outside):
+    """A dataclass without anything is refused wherever a kind can be named, and a member never is."""
+    for protocol, registry in REGISTRIES.items():
+        assert lacking(protocol, Nothing()) is not None, protocol
+        for cls in registry.values():
+            assert lacking(protocol, cls()) is None, cls
+    for table, key in (
+        (f'template = "{outside}:Nothing"\n' + DATA, "template"),
+        (DATA + f'partition = "{outside}:Nothing"\n', "data: partition"),
+        (DATA + f'[graft]\nselection = "{outside}:Nothing"\n', "graft: selection"),
+    ):
+        assert f'{key}: "{outside}:Nothing" is no ' in complaint(tmp_path, GOOD + table)
 
 
 def test_an_unset_variable_is_refused_and_a_set_one_filled_in(tmp_path, monkeypatch):

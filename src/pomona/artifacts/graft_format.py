@@ -1,24 +1,35 @@
 """A client's graft as a folder: graft.safetensors beside graft_config.json."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from torch import Tensor
 
 import pomona
+from pomona.artifacts.origin import ORIGIN, Origin
 from pomona.errors import PomonaError
-from pomona.federation.graft import Graft
-from pomona.files import atomic_folder, damaged, read_object, write_json
+from pomona.federation.graft import Graft, GraftForm
+from pomona.files import atomic_folder, damaged, read_as, write_json
 from pomona.models.weights import read_tensors, write_tensors
 
 _CONFIG, _WEIGHTS = "graft_config.json", "graft.safetensors"
 
 
-def write_graft(folder: Path, graft: Graft, tensors: Mapping[str, Tensor], base: str) -> None:
-    """Write one client's graft (no client dimension); `base` is the base model's path or id."""
+@dataclass(frozen=True)
+class _Config:
+    form: str
+    rank: int
+    alpha: float
+    bias: bool
+
+
+def write_graft(folder: Path, graft: Graft, tensors: Mapping[str, Tensor], origin: Origin) -> None:
+    """Write one client's graft (no client dimension) with what it grew from."""
     config = {
         "pomona": pomona.__version__,
-        "base_model": base,
+        "base_model": origin.model,
         "form": graft.form,
         "rank": graft.rank,
         "alpha": graft.alpha,
@@ -27,6 +38,7 @@ def write_graft(folder: Path, graft: Graft, tensors: Mapping[str, Tensor], base:
     with atomic_folder(folder) as partial:
         write_tensors(partial / _WEIGHTS, tensors, {"format": "pt"})
         write_json(partial / _CONFIG, config)
+        write_json(partial / ORIGIN, origin.to_json())
 
 
 def read_graft(folder: Path) -> tuple[Graft, dict[str, Tensor]]:
@@ -34,16 +46,14 @@ def read_graft(folder: Path) -> tuple[Graft, dict[str, Tensor]]:
     path = folder / _CONFIG
     if not path.is_file():
         raise PomonaError(f"{folder} holds no {_CONFIG}; give a client's graft folder")
-    config = read_object(path)
+    config = read_as(path, _Config)
     try:
         graft = Graft(
-            form=config["form"],
-            rank=int(config["rank"]),
-            alpha=float(config["alpha"]),
-            bias=bool(config["bias"]),
+            form=cast(GraftForm, config.form),  # checked there
+            rank=config.rank,
+            alpha=config.alpha,
+            bias=config.bias,
         )
-    except KeyError as error:
-        raise damaged(path, f"it has no {error}") from error
-    except (TypeError, ValueError, PomonaError) as error:
+    except PomonaError as error:
         raise damaged(path, error) from error
     return graft, read_tensors(folder / _WEIGHTS)

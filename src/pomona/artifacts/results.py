@@ -1,6 +1,8 @@
 """From rows of a final evaluation to the numbers people compare."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,9 +11,55 @@ from pomona.evaluation.experts import expert_load
 from pomona.evaluation.loss import perplexity
 from pomona.federation.graft import selected_experts
 from pomona.federation.update import ClientState
+from pomona.files import damaged, read_as, read_object
 from pomona.models.experts import ExpertSite
 
 MODELS = ("base", "shared", "personal")
+
+
+@dataclass(frozen=True)
+class _Figures:
+    loss: float
+    perplexity: float
+    rouge_l: float | None
+
+
+@dataclass(frozen=True)
+class _Model:
+    mean: _Figures
+    clients: dict[str, _Figures]
+
+
+@dataclass(frozen=True)
+class _Routing:
+    load: list[list[float]]
+    entropy: list[float]
+
+
+@dataclass(frozen=True)
+class _Results:
+    """results.json, as `assemble_results` makes it and a run adds the digests of its files."""
+
+    base: _Model
+    shared: _Model | None
+    personal: _Model | None
+    selection: dict[str, list[int]] | None
+    gate_openness: dict[str, list[float]] | None
+    routing: dict[str, _Routing]
+    files: dict[str, str]
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Read results.json; raises `PomonaError` naming it and the first thing in it that is wrong."""
+    found = read_as(path, _Results)
+    served = found.personal if found.selection else found.personal or found.shared
+    if served is None or not served.clients or served.clients.keys() != found.base.clients.keys():
+        raise damaged(path, "it has no figures of every client's model")
+    if (found.selection or {}).keys() != (found.gate_openness or {}).keys():
+        raise damaged(path, "selection and gate_openness are not of the same clients")
+    if not all(routing.load for routing in found.routing.values()):
+        raise damaged(path, "routing has no layers")
+    return read_object(path)
 
 
 def assemble_results(

@@ -8,29 +8,39 @@ not.
 
 import json
 import os
-import platform
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib.metadata import version
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import quote
 
+from pydantic_core import from_json
 from torch import Tensor
 
-import pomona
+from pomona.artifacts.about import read_about, write_about
 from pomona.artifacts.graft_format import write_graft
+from pomona.artifacts.inputs import Inputs, difference
+from pomona.artifacts.origin import ORIGIN, Origin
+from pomona.artifacts.results import read_results
 from pomona.errors import PomonaError
 from pomona.federation.graft import Graft
 from pomona.federation.strategies import ServerState
 from pomona.federation.update import ClientState
-from pomona.files import cannot_write, damaged, hold, read_object, write_json, write_text
+from pomona.files import (
+    cannot_write,
+    damaged,
+    digest_of,
+    hold,
+    read_as,
+    write_json,
+    write_text,
+)
 from pomona.models.lora import LoRA
 from pomona.models.peft_format import write_adapter
 from pomona.models.weights import read_tensors, write_tensors
 
-FORMAT = 1
+_KEPT = ("recipe.toml", "inputs.json", "metrics.jsonl", "answers.jsonl")
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,16 @@ class Snapshot:
     round: int
     server: ServerState
     clients: Mapping[str, str] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class _State:
+    """checkpoint/state.json: the files of the last committed round."""
+
+    round: int
+    metrics_bytes: int
+    server: str
+    clients: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -75,7 +95,7 @@ class RunDirectory:
     def _prepare(path: Path, recipe: str, about: Mapping[str, Any]) -> None:
         """Clear what a killed process left half-written, and see whose folder it is."""
         if _unbegun(path):
-            write_json(path / "run.json", {"format": FORMAT, **_versions(), **about})
+            write_about(path / "run.json", about)
             write_text(path / "recipe.toml", recipe)
         _check_same(path, recipe)
         for partial in path.rglob(".*.partial"):  # only now is it known to be ours
@@ -94,24 +114,39 @@ class RunDirectory:
         """Whether the final results are written."""
         return (self.path / "results.json").is_file()
 
+    def claim(self, inputs: Inputs) -> None:
+        """Remember what the run is computed from; a run that was begun goes on only from the same.
+
+        Raises `PomonaError` naming the file or client that has changed.
+        """
+        path = self.path / "inputs.json"
+        if not self.finished and not (self.path / "checkpoint" / "state.json").is_file():
+            write_json(path, asdict(inputs))  # nothing is computed yet
+            return
+        if not path.is_file():
+            raise PomonaError(f"{path} is missing; restore it or choose a new folder")
+        changed = difference(read_as(path, Inputs), inputs)
+        if changed is not None:
+            raise PomonaError(
+                f"{changed} since the run in {self.path} began; restore what it was, or choose a new "
+                "folder to start anew"
+            )
+
     def snapshot(self) -> Snapshot | None:
         """Return the last committed round, or None for a new run; forget what came after it."""
         state = self._read_state()
         if state is None:
             (self.path / "metrics.jsonl").unlink(missing_ok=True)
             return None
-        metrics_path = self.path / "metrics.jsonl"
-        length = int(state["metrics_bytes"])
-        if not metrics_path.is_file() or metrics_path.stat().st_size < length:
-            raise damaged(metrics_path, f"{length} bytes of it were committed")
-        with metrics_path.open("r+b") as metrics:
-            metrics.truncate(length)
-        tensors = read_tensors(self.path / "checkpoint" / state["server"])
+        self._cut_metrics(state.metrics_bytes)
+        tensors = read_tensors(self.path / "checkpoint" / state.server)
         server = ServerState(_part(tensors, "shared"), _part(tensors, "memory"))
-        return Snapshot(state["round"], server, state["clients"])
+        return Snapshot(state.round, server, state.clients)
 
     def client(self, snapshot: Snapshot, name: str) -> ClientState:
         """Return a client's private state as of a snapshot."""
+        if name not in snapshot.clients:
+            raise damaged(self.path / "checkpoint" / "state.json", f'it lacks the client "{name}"')
         tensors = read_tensors(self.path / "checkpoint" / snapshot.clients[name])
         return ClientState(_part(tensors, "adapter"), _part(tensors, "graft"))
 
@@ -130,15 +165,14 @@ class RunDirectory:
             files[name] = f"{quote(name, safe='')}.{round_}.safetensors"
             tensors = _named("adapter", state.adapter) | _named("graft", state.graft)
             write_tensors(folder / files[name], tensors, {"round": str(round_)})
-        server_file = f"server.{round_}.server.safetensors"
+        server_file = _server_file(round_)
         write_tensors(
             folder / server_file,
             _named("shared", server.shared) | _named("memory", server.memory),
             {"round": str(round_)},
         )
         length = self._append("metrics.jsonl", metrics)
-        state = {"round": round_, "metrics_bytes": length, "server": server_file, "clients": files}
-        write_json(folder / "state.json", state)
+        write_json(folder / "state.json", asdict(_State(round_, length, server_file, files)))
         for stale in set(folder.iterdir()) - {folder / f for f in (*files.values(), server_file)}:
             if stale.name != "state.json":
                 stale.unlink()
@@ -148,43 +182,72 @@ class RunDirectory:
         """Append to timings.jsonl, the one file that differs between equal runs."""
         self._append("timings.jsonl", [entry])
 
-    def publish_shared(self, lora: LoRA, tensors: Mapping[str, Tensor], base: str) -> None:
+    def publish_shared(self, lora: LoRA, tensors: Mapping[str, Tensor], origin: Origin) -> None:
         """Write the shared part as a PEFT adapter folder."""
-        _replace_adapter(self.path / "shared", lora, tensors, base)
+        self._publish_adapter(self.path / "shared", lora, tensors, origin)
 
-    def publish_client(
-        self, name: str, state: ClientState, lora: LoRA, graft: Graft | None, base: str
+    def publish_adapter(
+        self, name: str, lora: LoRA, tensors: Mapping[str, Tensor], origin: Origin
     ) -> None:
-        """Write what one client keeps: its graft folder and, if private, its adapter."""
-        folder = self.path / "clients" / name
-        if state.adapter:
-            _replace_adapter(folder / "adapter", lora, state.adapter, base)
-        if graft is not None:
-            shutil.rmtree(folder / "graft", ignore_errors=True)
-            write_graft(folder / "graft", graft, state.graft, base)
+        """Write the private adapter of one client."""
+        self._publish_adapter(self.path / "clients" / name / "adapter", lora, tensors, origin)
+
+    def publish_graft(
+        self, name: str, graft: Graft, tensors: Mapping[str, Tensor], origin: Origin
+    ) -> None:
+        """Write the private expert of one client."""
+        folder = self.path / "clients" / name / "graft"
+        shutil.rmtree(folder, ignore_errors=True)
+        write_graft(folder, graft, tensors, origin)
+
+    @staticmethod
+    def _publish_adapter(
+        folder: Path, lora: LoRA, tensors: Mapping[str, Tensor], origin: Origin
+    ) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        write_adapter(folder, lora, tensors, origin.model, {ORIGIN: origin.to_json()})
 
     def write_answers(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write the final evaluation row by row."""
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_text(self.path / "answers.jsonl", text)
 
-    def finish(self, results: Mapping[str, Any]) -> None:
-        """Write the results, which makes the run finished, and drop the checkpoint."""
-        write_json(self.path / "results.json", results)
+    def finish(self, results: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the results, which makes the run finished, and drop the checkpoint.
+
+        Returns them with the digests of the files they were drawn from, as they are read back.
+        """
+        files = {name: digest_of(self.path / name) for name in _KEPT}
+        write_json(self.path / "results.json", {**results, "files": files})
         shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
+        return self.results()
 
     def results(self) -> dict[str, Any]:
         """Return the final results of a finished run."""
-        return read_object(self.path / "results.json")
+        return read_results(self.path / "results.json")
 
-    def _read_state(self) -> dict[str, Any] | None:
+    def _read_state(self) -> _State | None:
         path = self.path / "checkpoint" / "state.json"
         if not path.is_file():
             return None
-        state = read_object(path)
-        if not {"round", "metrics_bytes", "server", "clients"} <= state.keys():
-            raise damaged(path, "it lacks what a committed round says")
+        state = read_as(path, _State)
+        if state.server != _server_file(state.round):
+            raise damaged(path, f"round {state.round} has no file {state.server}")
         return state
+
+    def _cut_metrics(self, length: int) -> None:
+        """Forget what was appended after the last committed round."""
+        path = self.path / "metrics.jsonl"
+        if not path.is_file() or path.stat().st_size < length:
+            raise damaged(path, f"{length} bytes of it were committed")
+        with path.open("r+b") as metrics:
+            try:
+                lines = [from_json(line) for line in metrics.read(length).splitlines()]
+            except ValueError as error:
+                raise damaged(path, error) from error
+            if not all(isinstance(line, dict) for line in lines):
+                raise damaged(path, "a line is not a JSON object")
+            metrics.truncate(length)
 
     def _append(self, name: str, entries: Sequence[Mapping[str, Any]]) -> int:
         path = self.path / name
@@ -198,9 +261,8 @@ class RunDirectory:
             raise cannot_write(path, error) from error
 
 
-def _replace_adapter(folder: Path, lora: LoRA, tensors: Mapping[str, Tensor], base: str) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    write_adapter(folder, lora, tensors, base)
+def _server_file(round_: int) -> str:
+    return f"server.{round_}.server.safetensors"
 
 
 def _named(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -223,8 +285,7 @@ def _check_same(path: Path, recipe: str) -> None:
     known, about = path / "recipe.toml", path / "run.json"
     if not about.is_file():
         raise PomonaError(f"{path} holds files that are no run; choose an empty or new folder")
-    if read_object(about).get("format") != FORMAT:
-        raise PomonaError(f"{path} was written by another version of Pomona; choose a new folder")
+    read_about(about)
     if not known.is_file():
         raise PomonaError(f"{known} is missing; restore it or choose a new folder")
     if known.read_bytes() != recipe.encode():
@@ -232,12 +293,3 @@ def _check_same(path: Path, recipe: str) -> None:
             f"{path} holds the run of another recipe ({known}); choose a new folder, or give "
             "that recipe to go on with it"
         )
-
-
-def _versions() -> dict[str, str]:
-    packages = ("torch", "transformers", "peft", "safetensors", "numpy")
-    return {
-        "pomona": pomona.__version__,
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-    }

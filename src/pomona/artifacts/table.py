@@ -1,15 +1,11 @@
 """Finished runs side by side: one method per row, one client per column, the mean with its interval."""
 
-import json
-import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
-from pomona.errors import PomonaError
+from pomona.artifacts.finished import FinishedRun, load_runs
 from pomona.evaluation.intervals import (
     Comparison,
     Interval,
@@ -17,28 +13,10 @@ from pomona.evaluation.intervals import (
     paired_bootstrap,
     ratio_bootstrap,
 )
-from pomona.files import read_object
+
+__all__ = ["FinishedRun", "compare", "load_runs", "pairwise", "ratio_rows", "table"]
 
 BASE = "base"
-
-
-@dataclass(frozen=True)
-class FinishedRun:
-    """What a run directory tells once it is finished."""
-
-    path: Path
-    method: str
-    seed: int
-    about: Mapping[str, Any] = field(repr=False)
-    results: Mapping[str, Any] = field(repr=False)
-    answers: Sequence[Mapping[str, Any]] = field(repr=False)
-    metrics: Sequence[Mapping[str, Any]] = field(repr=False)
-    recipe: str = field(repr=False)
-
-    @property
-    def served(self) -> str:
-        """The model a client ends up with: its personal one or, without one, the shared one."""
-        return "personal" if self.results["personal"] is not None else "shared"
 
 
 @dataclass(frozen=True)
@@ -49,74 +27,6 @@ class Line:
     seeds: tuple[int, ...]
     clients: Mapping[str, float]
     mean: Interval
-
-
-def load_runs(paths: Sequence[Path]) -> list[FinishedRun]:
-    """Read finished run directories.
-
-    Raises `PomonaError` naming one that is none or damaged, or two that cannot be compared: of
-    different models, or of one method and not only of different seeds.
-    """
-    runs: list[FinishedRun] = []
-    for path in paths:
-        try:
-            runs.append(_load(path))
-        except (OSError, KeyError, ValueError) as error:
-            raise PomonaError(
-                f"{path} is a damaged run ({type(error).__name__}: {error}); restore its files or run "
-                "it again in a new folder"
-            ) from error
-    for i, run in enumerate(runs):
-        for other in runs[:i]:
-            _check_comparable(other, run)
-    return runs
-
-
-def _check_comparable(a: FinishedRun, b: FinishedRun) -> None:
-    ours, theirs = tomllib.loads(a.recipe), tomllib.loads(b.recipe)
-    if ours["model"] != theirs["model"]:
-        raise PomonaError(
-            f"{a.path} and {b.path} are of different models ({ours['model']}, {theirs['model']}); "
-            "compare runs of one model"
-        )
-    if a.method != b.method:
-        return
-    if a.seed == b.seed:
-        raise PomonaError(
-            f'{a.path} and {b.path} are both "{a.method}" with seed {a.seed}; give each run once, and '
-            "other methods other names"
-        )
-    differs = sorted(
-        key
-        for key in {*ours, *theirs} - {"seed", "data"}  # a seed may have clients of its own
-        if ours.get(key) != theirs.get(key)
-    )
-    if differs:
-        raise PomonaError(
-            f'{a.path} and {b.path} are both called "{a.method}" and differ in {", ".join(differs)}; give '
-            "them different names in their recipes"
-        )
-
-
-def _load(path: Path) -> FinishedRun:
-    if not (path / "run.json").is_file():
-        raise PomonaError(f"{path} is no run directory: it holds no run.json")
-    if not (path / "results.json").is_file():
-        raise PomonaError(f"{path} is not finished; run its command again to go on with it")
-    about, results = read_object(path / "run.json"), read_object(path / "results.json")
-    missing = {"base", "shared", "personal", "routing"} - results.keys()
-    if missing:
-        raise ValueError(f"results.json has no {sorted(missing)[0]}")
-    return FinishedRun(
-        path,
-        about["method"],
-        about["seed"],
-        about,
-        results,
-        _lines(path / "answers.jsonl"),
-        _lines(path / "metrics.jsonl"),
-        (path / "recipe.toml").read_text("utf-8"),
-    )
 
 
 def compare(runs: Sequence[FinishedRun], measure: str) -> list[Line]:
@@ -196,10 +106,3 @@ MEASURES = {
     "loss": "answer loss, nats per token (lower is better)",
     "rouge_l": "ROUGE-L, 0 to 100 (higher is better)",
 }
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    if not lines:
-        raise ValueError(f"{path.name} is empty")
-    return lines

@@ -34,13 +34,18 @@ def _ending(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except PomonaError as error:
-            typer.echo(f"error: {' '.join(str(error).splitlines())}", err=True)
+            typer.echo(f"error: {_printable(' '.join(str(error).splitlines()))}", err=True)
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
             typer.echo("interrupted; run the same command again to go on", err=True)
             raise typer.Exit(130) from error
 
     return run
+
+
+def _printable(text: str) -> str:
+    """A sentence may quote half a character from a damaged file, which no terminal can show."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 for command in (reconstruct, federate, evaluate, report, demo):

@@ -1,5 +1,9 @@
 """Instruction rows from JSON lines, whatever their field names."""
 
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import astuple
 from pathlib import Path
 
 from pomona.data.formats import FORMATS, detect
@@ -7,7 +11,7 @@ from pomona.data.records import read_records
 from pomona.data.row import Row
 from pomona.errors import PomonaError
 
-__all__ = ["Row", "read_rows"]
+__all__ = ["Row", "read_rows", "rows_digest"]
 
 
 def read_rows(path: Path, format: str = "auto") -> list[Row]:  # noqa: A002
@@ -27,3 +31,11 @@ def read_rows(path: Path, format: str = "auto") -> list[Row]:  # noqa: A002
     if not rows:
         raise PomonaError(f"{path} is empty; it should hold one JSON object per line")
     return rows
+
+
+def rows_digest(rows: Sequence[Row]) -> str:
+    """Return a SHA-256 of rows in their order, whatever the file they came from looked like."""
+    total = hashlib.sha256()
+    for row in rows:
+        total.update(json.dumps(astuple(row)).encode() + b"\n")
+    return total.hexdigest()

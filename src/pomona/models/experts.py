@@ -138,6 +138,14 @@ def find_expert_sites(model: nn.Module) -> list[ExpertSite]:
     return sorted(sites, key=lambda site: site.layer)
 
 
+def expert_sites_if_any(model: nn.Module) -> tuple[ExpertSite, ...]:
+    """Return the sites of a mixture that is supported, and none of any other model."""
+    try:
+        return tuple(find_expert_sites(model))
+    except PomonaError:
+        return ()
+
+
 def _is_fused(module: nn.Module) -> bool:
     """Tell experts by their 3-D weights; `up_proj` alone is a family without gates."""
     if hasattr(module, "get_delta_weight"):  # PEFT's wrapper shows the weights of what it wraps

@@ -1,11 +1,10 @@
 """Open a model and its tokenizer as transformers does, with a sentence for whatever is wrong."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -14,6 +13,7 @@ from transformers import (
 )
 
 from pomona.errors import PomonaError
+from pomona.files import read_object
 from pomona.models.weights import Checkpoint
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -26,12 +26,13 @@ def load_model(
 
     `placing` goes to transformers: where the weights shall lie, if not in memory.
 
-    Raises `PomonaError` naming the folder, file or tensor that is missing or damaged.
+    Raises `PomonaError` naming the folder, file or tensor that is missing, damaged or one too many.
     """
-    _check_folder(source)
+    folder = checkpoint_folder(source)
+    config = Checkpoint.open(folder).config  # every file first: transformers' errors do not name it
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
-            str(source),
+            str(folder),
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
@@ -42,10 +43,8 @@ def load_model(
     except StrictDataclassError as error:  # a field of config.json has the wrong type
         told = " ".join(str(error).split())
         raise PomonaError(f"{source}: config.json is wrong: {told}; repair it") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise PomonaError(
-            f"cannot load a model from {source}: {_first_line(error)}; check the name and its config.json"
-        ) from error
+    except Exception as error:  # whatever a config says, its family fails in a way of its own
+        raise PomonaError(f"cannot load a model from {source}: {_why(error, config)}") from error
     model, found = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
     _check_complete(source, found)
     return model
@@ -53,10 +52,17 @@ def load_model(
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder or Hub id; raises `PomonaError` when there is none."""
+    folder = checkpoint_folder(source)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            read_object(folder / name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise PomonaError(f"cannot load a tokenizer from {source}: {_first_line(error)}") from error
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:  # the parsers of tokenizer files raise whatever they stumble over
+        raise PomonaError(
+            f"cannot load a tokenizer from {source}: {_first_line(error)}; its folder needs a whole "
+            "tokenizer.json (or the family's own files) and tokenizer_config.json"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise PomonaError(
             f"the tokenizer of {source} has no end-of-sequence token; set eos_token in its "
@@ -73,7 +79,7 @@ def checkpoint_folder(model: str | Path) -> Path:
     folder = Path(model)
     if folder.is_dir():
         return folder
-    if folder.is_absolute() or str(model).startswith(".") or str(model).count("/") != 1:
+    if folder.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") > 1:
         raise PomonaError(f"{model} is not a folder; give a checkpoint folder or a Hub id")
     from huggingface_hub import snapshot_download
 
@@ -82,11 +88,13 @@ def checkpoint_folder(model: str | Path) -> Path:
             snapshot_download(
                 str(model),
                 allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"],
+                ignore_patterns=["consolidated*", "original/*"],  # the same weights once more
             )
         )
     except Exception as error:
         raise PomonaError(
-            f"{model} is no folder here and cannot be fetched from the Hub: {str(error).splitlines()[0]}"
+            f"{model} is not a folder, and as a Hub id it cannot be fetched "
+            f"({_first_line(error)}); check the path or the id"
         ) from error
 
 
@@ -96,18 +104,14 @@ def context_length(model: PreTrainedModel) -> int:
     return int(getattr(config, "max_position_embeddings", 1 << 30))
 
 
-def _check_folder(source: str | Path) -> None:
-    """Look at every file of a local checkpoint first: transformers' own errors do not name it."""
-    folder = Path(source)
-    if folder.is_dir():
-        Checkpoint.open(folder)
-    elif folder.is_absolute() or str(source).startswith(".") or str(source).count("/") > 1:
-        raise PomonaError(f"{source} is not a folder; give a checkpoint folder or a Hub id")
-
-
 def _check_complete(source: str | Path, found: Mapping[str, Any]) -> None:
-    """Refuse what transformers would fill with random weights and a mere warning."""
+    """Refuse what transformers would fill with random weights, or leave out, with a mere warning.
+
+    What a family tells transformers to pass over (old rotary buffers, heads for several tokens) is in
+    none of these lists.
+    """
     missing, mismatched = sorted(found["missing_keys"]), sorted(map(str, found["mismatched_keys"]))
+    unexpected = sorted(found["unexpected_keys"])
     if missing:
         raise PomonaError(
             f'{source} lacks the tensor "{missing[0]}" ({len(missing)} missing in all); the '
@@ -118,7 +122,32 @@ def _check_complete(source: str | Path, found: Mapping[str, Any]) -> None:
             f"{source}: the shape of {mismatched[0]} is not what its config.json says "
             f"({len(mismatched)} such tensors); repair config.json"
         )
+    if unexpected:
+        raise PomonaError(
+            f'{source} holds the tensor "{unexpected[0]}", which the model of its config.json does not '
+            f"have ({len(unexpected)} such tensors); repair config.json, or take the checkpoint it is of"
+        )
+
+
+def _why(error: Exception, config: Mapping[str, Any]) -> str:
+    """Say what config.json has to do with it: an unknown name comes back as a bare `KeyError`."""
+    name = error.args[0] if isinstance(error, KeyError) and error.args else None
+    key = None if name is None else next((k for k, v in _entries(config) if v == name), None)
+    if key is not None:
+        return f'its config.json says {key} = "{name}", which is unknown; repair config.json'
+    return f"{_first_line(error)}; check its config.json"
+
+
+def _entries(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield every key of nested tables with its value."""
+    for key, value in table.items():
+        yield key, value
+        if isinstance(value, dict):
+            yield from _entries(cast(dict[str, Any], value))
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+    """Return the first line of a library's error as the middle of a sentence."""
+    lines = str(error).strip().splitlines()
+    line = lines[0].rstrip(" .:;,").removesuffix(" from one of") if lines else type(error).__name__
+    return f"there is no {line}" if isinstance(error, KeyError) else line

@@ -35,6 +35,8 @@ class LoRA:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise PomonaError(f"LoRA rank {self.rank} is not positive; use 1 or more")
+        if not math.isfinite(self.alpha):
+            raise PomonaError(f"LoRA alpha {self.alpha} is not finite; use for example 16")
         if not self.targets:
             raise PomonaError('LoRA targets are empty; name projections such as "q_proj"')
 

@@ -1,13 +1,14 @@
 """The shared part as a PEFT adapter folder, the field's interchange format."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from peft import LoraConfig
 from torch import Tensor
 
 from pomona.errors import PomonaError
-from pomona.files import atomic_folder, damaged, follow_umask
+from pomona.files import atomic_folder, damaged, read_as, write_json
 from pomona.models.lora import LoRA
 from pomona.models.weights import read_tensors, write_tensors
 
@@ -15,10 +16,26 @@ _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
 
-def write_adapter(folder: Path, lora: LoRA, tensors: Mapping[str, Tensor], base: str) -> None:
+@dataclass(frozen=True)
+class _Config:
+    """What is read of adapter_config.json; PEFT itself checks no types."""
+
+    r: int = 8
+    lora_alpha: float = 8.0
+    target_modules: list[str] | str | None = None
+
+
+def write_adapter(
+    folder: Path,
+    lora: LoRA,
+    tensors: Mapping[str, Tensor],
+    base: str,
+    beside: Mapping[str, object] | None = None,
+) -> None:
     """Write one client's LoRA (A [R, in], B [out, R], no client dimension) as a PEFT folder.
 
-    `peft.PeftModel.from_pretrained(model, folder)` loads it. `base` is the base model's path or id.
+    `peft.PeftModel.from_pretrained(model, folder)` loads it. `base` is the base model's path or id;
+    `beside` are JSON files of ours, by name, which PEFT passes over.
     """
     config = LoraConfig(
         r=lora.rank,
@@ -37,7 +54,8 @@ def write_adapter(folder: Path, lora: LoRA, tensors: Mapping[str, Tensor], base:
         config.save_pretrained(str(partial))
         named = {f"{_PREFIX}{name}.weight": value for name, value in tensors.items()}
         write_tensors(partial / _WEIGHTS, named, {"format": "pt"})
-        follow_umask(partial / _WEIGHTS)
+        for name, value in (beside or {}).items():
+            write_json(partial / name, value)
 
 
 def read_adapter(folder: Path) -> tuple[LoRA, dict[str, Tensor]]:
@@ -48,19 +66,20 @@ def read_adapter(folder: Path) -> tuple[LoRA, dict[str, Tensor]]:
     if not (folder / "adapter_config.json").is_file():
         raise PomonaError(f"{folder} holds no adapter_config.json; give a PEFT adapter folder")
     path = folder / "adapter_config.json"
+    plain = read_as(path, _Config)
     try:
         config = LoraConfig.from_pretrained(str(folder))
-    except (OSError, TypeError, ValueError, KeyError) as error:
+    except Exception as error:  # PEFT fails at whatever field it comes to first
         raise damaged(path, error) from error
     if not isinstance(config, LoraConfig) or config.use_dora or config.use_rslora:
         raise PomonaError(f"{folder} is no plain LoRA adapter; DoRA and rsLoRA are not supported")
-    if config.rank_pattern or config.alpha_pattern or isinstance(config.target_modules, str):
+    if config.rank_pattern or config.alpha_pattern or isinstance(plain.target_modules, str):
         raise PomonaError(
             f"{folder} gives layers different ranks or targets by pattern; use a list"
         )
     try:
-        lora = LoRA(config.r, float(config.lora_alpha), tuple(sorted(config.target_modules or ())))
-    except (TypeError, PomonaError) as error:
+        lora = LoRA(plain.r, plain.lora_alpha, tuple(sorted(plain.target_modules or ())))
+    except PomonaError as error:
         raise damaged(path, error) from error
     tensors = {
         name.removeprefix(_PREFIX).removesuffix(".weight"): value

@@ -1,5 +1,6 @@
 """Weights on disk: safetensors only, read lazily, written in shards."""
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,6 +85,23 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise damaged(path, error) from error
 
 
+def tensor_spans(path: Path) -> tuple[bytes, list[tuple[int, int]]]:
+    """Return a safetensors file's header and every tensor's (first byte, size in bytes), in order.
+
+    Raises `PomonaError` naming a file that is missing or damaged.
+    """
+    _opened(path)  # the library's own checks come first
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length)
+    ends = sorted(
+        entry["data_offsets"]
+        for name, entry in json.loads(header).items()
+        if name != "__metadata__"
+    )
+    return header, [(8 + length + start, end - start) for start, end in ends]
+
+
 def metadata(path: Path) -> dict[str, str]:
     """Return what `write_tensors` was given beside the tensors."""
     with _opened(path) as file:
@@ -103,11 +121,11 @@ def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> N
         save_file(tensors, str(path), metadata)
     except SafetensorError as error:
         raise OSError(None, str(error)) from error
+    follow_umask(path)
 
 
 def _write_shard(folder: Path, number: int, tensors: dict[str, Tensor]) -> list[str]:
     _save(tensors, folder / f"shard-{number}", {"format": "pt"})
-    follow_umask(folder / f"shard-{number}")
     return list(tensors)
 
 

@@ -12,7 +12,7 @@ import tomli_w
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from pomona.errors import PomonaError
-from pomona.recipe.registries import REGISTRIES, kind_of, member
+from pomona.recipe.registries import REGISTRIES, kind_of, lacking, member
 
 Settings = TypeVar("Settings")
 
@@ -85,7 +85,14 @@ def _choice(protocol: Any, value: Any, folder: Path, where: str) -> Any:
         names = ", ".join(sorted(REGISTRIES[protocol]))
         raise PomonaError(f'{where}: give kind = "…", one of {names}')
     rest = {key: each for key, each in table.items() if key != "kind"}
-    return build(member(protocol, table["kind"], where), rest, folder, where)
+    made = build(member(protocol, table["kind"], where), rest, folder, where)
+    problem = lacking(protocol, made)
+    if problem is not None:
+        raise PomonaError(
+            f'{where}: "{table["kind"]}" is no {protocol.__name__.lower()}: {problem}; see '
+            f"{protocol.__module__}.{protocol.__name__}"
+        )
+    return made
 
 
 def _path(value: str, folder: Path, where: str, always: bool) -> Path | str:

@@ -1,7 +1,9 @@
 """Which registry a field's protocol is filled from: `kind = "NAME"` in a recipe."""
 
+from collections.abc import Callable
 from dataclasses import is_dataclass
 from importlib import import_module
+from inspect import Parameter, getattr_static, isfunction, signature
 from typing import Any
 
 from pomona.data.templates import TEMPLATES, Template
@@ -57,3 +59,35 @@ def kind_of(protocol: Any, value: Any) -> str:
         if type(value) is cls:
             return name
     return f"{type(value).__module__}:{type(value).__qualname__}"
+
+
+def lacking(protocol: Any, value: object) -> str | None:
+    """Return what keeps a value from being what its protocol asks for, or None.
+
+    Every method has to be there and take the protocol's arguments by position; every property has to
+    be there. Types are not looked at.
+    """
+    for name, wanted in vars(protocol).items():
+        if name.startswith("_") and name != "__call__":
+            continue
+        if not isfunction(wanted):
+            if getattr_static(value, name, None) is None:
+                return f"it has no {name}"
+            continue
+        own = getattr(value, name, None)
+        arguments = list(signature(wanted).parameters)[1:]  # without self
+        if not callable(own):
+            return f"it has no method {name}({', '.join(arguments)})"
+        if not _takes(own, len(arguments)):
+            return f"its {name} does not take ({', '.join(arguments)})"
+    return None
+
+
+def _takes(method: Callable[..., Any], arguments: int) -> bool:
+    try:
+        signature(method).bind(*[Parameter.empty] * arguments)
+    except TypeError:
+        return False
+    except ValueError:  # written in another language, it does not tell
+        return True
+    return True

@@ -1,0 +1,96 @@
+"""Runs read back once they are finished, and whether they can be compared."""
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pomona.artifacts.results import read_results
+from pomona.artifacts.run import read_about
+from pomona.errors import PomonaError
+from pomona.files import damaged, digest_of
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a run directory tells once it is finished."""
+
+    path: Path
+    method: str
+    seed: int
+    about: Mapping[str, Any] = field(repr=False)
+    results: Mapping[str, Any] = field(repr=False)
+    answers: Sequence[Mapping[str, Any]] = field(repr=False)
+    metrics: Sequence[Mapping[str, Any]] = field(repr=False)
+    recipe: str = field(repr=False)
+
+    @property
+    def served(self) -> str:
+        """The model a client ends up with: its personal one or, without one, the shared one."""
+        return "personal" if self.results["personal"] is not None else "shared"
+
+
+def load_runs(paths: Sequence[Path]) -> list[FinishedRun]:
+    """Read finished run directories.
+
+    Raises `PomonaError` naming one that is none, its file that is damaged, or two that cannot be
+    compared: of different models, or of one method and not only of different seeds.
+    """
+    runs = [_load(path) for path in paths]
+    for i, run in enumerate(runs):
+        for other in runs[:i]:
+            _check_comparable(other, run)
+    return runs
+
+
+def _load(path: Path) -> FinishedRun:
+    if not (path / "run.json").is_file():
+        raise PomonaError(f"{path} is no run directory: it holds no run.json")
+    if not (path / "results.json").is_file():
+        raise PomonaError(f"{path} is not finished; run its command again to go on with it")
+    about, results = read_about(path / "run.json"), read_results(path / "results.json")
+    for name, digest in results["files"].items():
+        if digest_of(path / name) != digest:
+            raise damaged(path / name, "it is not what the run wrote")
+    return FinishedRun(
+        path,
+        about["method"],
+        about["seed"],
+        about,
+        results,
+        _lines(path / "answers.jsonl"),
+        _lines(path / "metrics.jsonl"),
+        (path / "recipe.toml").read_text("utf-8"),
+    )
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def _check_comparable(a: FinishedRun, b: FinishedRun) -> None:
+    ours, theirs = tomllib.loads(a.recipe), tomllib.loads(b.recipe)
+    if ours["model"] != theirs["model"]:
+        raise PomonaError(
+            f"{a.path} and {b.path} are of different models ({ours['model']}, {theirs['model']}); "
+            "compare runs of one model"
+        )
+    if a.method != b.method:
+        return
+    if a.seed == b.seed:
+        raise PomonaError(
+            f'{a.path} and {b.path} are both "{a.method}" with seed {a.seed}; give each run once, and '
+            "other methods other names"
+        )
+    differs = sorted(
+        key
+        for key in {*ours, *theirs} - {"seed", "data"}  # a seed may have clients of its own
+        if ours.get(key) != theirs.get(key)
+    )
+    if differs:
+        raise PomonaError(
+            f'{a.path} and {b.path} are both called "{a.method}" and differ in {", ".join(differs)}; give '
+            "them different names in their recipes"
+        )
