@@ -1,11 +1,12 @@
 """Dense to mixture: Pomona's default beside what the field would ask for, at equal active parameters.
 
-    python benchmarks/reconstruct.py [--quick] [--out runs/reconstruct] [--json PATH]
+    python benchmarks/reconstruct.py [--quick] [--active K] [--out runs/reconstruct] [--json PATH]
 
 `rootstock-3m` and ten domains, half of the FFN active, as 8-choose-1 and 8-choose-2; every method is
 retrained on the same tokens of the domains' training text, three seeds each, and measured on held-out
-text that neither calibration nor retraining saw. Interrupted, it goes on where it was. `--quick`: one
-seed, few tokens, 8-choose-2 only. Material is found through POMONA_DATA and POMONA_MODELS.
+text that neither calibration nor retraining saw. Interrupted, it goes on where it was; `--active` makes the
+runs of one setting only and records nothing, so that two processes can share the work. `--quick`: one seed,
+few tokens, 8-choose-2 only. Material is found through POMONA_DATA and POMONA_MODELS.
 """
 
 import argparse
@@ -16,15 +17,17 @@ from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 
+import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from record import ROOT, record
+from scipy.stats import t as student
 
+from pomona.artifacts.figures import svg
 from pomona.cli.console import console, print_table, progress_bars
 from pomona.data.texts import consecutive_windows, read_domains
 from pomona.evaluation.intervals import Interval, paired_bootstrap, ratio_bootstrap
 from pomona.evaluation.loss import perplexity, window_losses
-from pomona.files import read_object, write_json
+from pomona.files import read_object, write_json, write_text
 from pomona.models.experts import freeze
 from pomona.models.loading import load_model, load_tokenizer
 from pomona.progress import titled
@@ -33,6 +36,7 @@ from pomona.reconstruction.compensate import Bias, NoCompensation
 from pomona.reconstruction.planners import ActivationClusters, RandomSplit, TopChannels
 from pomona.reconstruction.retraining import ExpertStage, Objective, Retraining, RouterStage
 from pomona.reconstruction.router import RandomRouter
+from pomona.reconstruction.specialise import Specialise
 
 FLAP, FAITHFUL, POMONA = "static FLAP", "DIVE faithful", "Pomona"
 PLAIN = Objective(loss="cross-entropy", balance=0.0, z=0.0, straight_through=False)
@@ -40,45 +44,53 @@ PLAIN = Objective(loss="cross-entropy", balance=0.0, z=0.0, straight_through=Fal
 
 def methods(active: int, tokens: int) -> dict[str, ReconstructSettings]:
     """Return every method with half of the dense FFN active; `active` 1 or 2 of eight experts."""
-    lora = ExpertStage(tokens=tokens, learning_rate=3e-3)
+    lora = ExpertStage(tokens=tokens, learning_rate=3e-3, router="absolute")
     plain = Retraining(experts=lora, objective=PLAIN)
     common = ReconstructSettings(
-        experts=8, active=active, keep=0.5 / active, windows=64, affinity_windows=8, retrain=plain
+        experts=8, active=active, keep=0.5 / active, windows=32, affinity_windows=8, retrain=plain
     )
-    faithful = replace(common, compensation=NoCompensation(), router=RandomRouter())
+    dealt = replace(
+        common,
+        compensation=NoCompensation(),
+        router=RandomRouter(),
+        specialise=Specialise(rounds=0),
+    )
     staged = replace(
         plain,
         router=RouterStage(tokens=tokens // 10, temperature=0.05 if active == 1 else 0.5),
         experts=replace(lora, tokens=tokens - tokens // 10),
     )
     static = replace(common, experts=1, active=1, keep=0.5, grouping="all")
-    full = ExpertStage(tokens=tokens, learning_rate=1e-3, experts="full")
-    distilled = Retraining(experts=full)
-    shared = {"active": 1, "keep": 0.25, "planner": TopChannels(shared=0.25)}
+    full = ExpertStage(tokens=tokens, learning_rate=5e-4, experts="full")
+    distilled = replace(common, retrain=Retraining(experts=full))
+    for_one = Retraining(experts=replace(full, learning_rate=1e-3))  # better for a single FFN
     return {
         FLAP: replace(static, compensation=Bias()),
-        "static, our compensation and retraining": replace(static, retrain=distilled),
+        "static, our compensation and retraining": replace(static, retrain=for_one),
         "random split (LLaMA-MoE)": replace(
-            faithful, active=4, keep=0.125, planner=RandomSplit(), grouping="all"
+            dealt, active=4, keep=0.125, planner=RandomSplit(), grouping="all"
         ),
         "activation clusters (CMoE)": replace(
-            faithful, active=3, keep=0.1, planner=ActivationClusters(shared=0.2), grouping="all"
+            dealt, active=3, keep=0.1, planner=ActivationClusters(shared=0.2), grouping="all"
         ),
-        "copies": replace(faithful, grouping="all"),
-        "DIVE without affinity": replace(faithful, grouping="random", retrain=staged),
-        FAITHFUL: replace(faithful, retrain=staged),
-        POMONA: replace(common, retrain=distilled, **(shared if active == 1 else {})),
+        "copies": replace(dealt, grouping="all"),
+        "DIVE without affinity": replace(dealt, grouping="random", retrain=staged),
+        FAITHFUL: replace(dealt, retrain=staged),
+        POMONA: distilled,
+        "Pomona, half of the active channels shared": replace(
+            distilled, keep=0.25 / active, planner=TopChannels(shared=0.25)
+        ),
     }
 
 
 def main() -> None:
     options = _options()
-    torch.set_num_threads(2)
     seeds = (0,) if options.quick else (0, 1, 2)
-    tokens = 40_000 if options.quick else 300_000
+    tokens = 20_000 if options.quick else 100_000
     rows: dict[str, list[dict[str, object]]] = {}
     bars: list[dict[str, object]] = []
-    for active in (2,) if options.quick else (1, 2):
+    settings_of = (2,) if options.quick else (1, 2)
+    for active in settings_of if options.active is None else (options.active,):
         setting = f"8-choose-{active}"
         found = {"dense": [_dense(options.out)]}
         for seed in seeds:
@@ -86,11 +98,22 @@ def main() -> None:
                 path = options.out / f"{setting}-{name.replace(' ', '-')}-{seed}.json"
                 found.setdefault(name, []).append(_one(path, replace(settings, seed=seed)))
         rows[setting] = [_row(name, runs) for name, runs in found.items()]
-        for opponent in (FLAP, FAITHFUL):
-            bars.append(_bar(setting, found, opponent))
-        columns = ["method", "nats", "from", "to", "perplexity", "active", "seconds"]
+        for opponent in (FLAP, FAITHFUL, "static, our compensation and retraining"):
+            bars += _bars(setting, found, opponent)
+        columns = [
+            "method",
+            "nats",
+            "by seed",
+            "over text",
+            "perplexity",
+            "total",
+            "active",
+            "seconds",
+        ]
         print_table(setting, columns, [_shown(row) for row in rows[setting]])
-    record(options.json, rows, bars, retraining_tokens=tokens)
+    if options.active is None:
+        record(options.json, rows, bars, retraining_tokens=tokens)
+        write_text(options.json.with_suffix(".svg"), _plot(rows))
 
 
 def _options() -> argparse.Namespace:
@@ -98,6 +121,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="one seed, few tokens, 8-choose-2 only"
     )
+    parser.add_argument("--active", type=int, choices=(1, 2), help="only make these runs")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "reconstruct")
     parser.add_argument(
         "--json", type=Path, default=ROOT / "benchmarks" / "results" / "reconstruct.json"
@@ -170,19 +194,19 @@ def _ratios(runs: list[dict]) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def _row(name: str, runs: list[dict]) -> dict[str, object]:
-    mean = ratio_bootstrap(_ratios(runs))
-    by_seed = [ratio_bootstrap(_ratios([run]), draws=10).mean for run in runs]
+    over_text = ratio_bootstrap(_ratios(runs))
     domains = {
-        domain: float(top.sum() / bottom.sum())
+        domain: perplexity(float(top.sum() / bottom.sum()))
         for domain, (top, bottom) in zip(runs[0]["nats"], _ratios(runs), strict=True)
     }
     return {
         "method": name,
-        "nats": mean.mean,
-        "interval": [mean.low, mean.high],
-        "perplexity": perplexity(mean.mean),
-        "by_seed": by_seed,
-        "domains": domains,
+        "nats": over_text.mean,
+        "interval_over_text": [over_text.low, over_text.high],
+        "interval_over_seeds": _over_seeds(runs),
+        "perplexity": perplexity(over_text.mean),
+        "by_seed": [_nats(run) for run in runs],
+        "perplexity_by_domain": domains,
         "total": runs[0]["total"],
         "active": runs[0]["active"],
         "seconds": [run["seconds"] for run in runs],
@@ -190,27 +214,67 @@ def _row(name: str, runs: list[dict]) -> dict[str, object]:
     }
 
 
-def _bar(setting: str, found: dict[str, list[dict]], opponent: str) -> dict[str, object]:
-    """Pomona below an opponent over the same windows, the whole interval of the difference below 0."""
-    difference: Interval = paired_bootstrap(
-        _ratios(found[POMONA]), _ratios(found[opponent])
-    ).difference
-    return {
-        "name": f"{setting}: {POMONA} − {opponent}, nats (upper end of the 95 % interval)",
-        "value": difference.high,
-        "bar": 0.0,
-        "holds": difference.high < 0,
-    }
+def _nats(run: dict) -> float:
+    return float(np.mean([top.sum() / bottom.sum() for top, bottom in _ratios([run])]))
+
+
+def _over_seeds(runs: list[dict]) -> list[float] | None:
+    """Return Student's 95 % interval of the mean over seeds; None for a single one."""
+    if len(runs) == 1:
+        return None
+    values = [_nats(run) for run in runs]
+    half = student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
+    return [float(np.mean(values) - half), float(np.mean(values) + half)]
+
+
+def _bars(setting: str, found: dict[str, list[dict]], opponent: str) -> list[dict[str, object]]:
+    """Pomona below an opponent: over the same windows, and with intervals over seeds that do not meet."""
+    ours, theirs = found[POMONA], found[opponent]
+    difference: Interval = paired_bootstrap(_ratios(ours), _ratios(theirs)).difference
+    bars: list[dict[str, object]] = [
+        {
+            "name": f"{setting}: {POMONA} − {opponent}, nats, upper end of the 95 % interval over text",
+            "value": difference.high,
+            "bar": 0.0,
+            "holds": difference.high < 0,
+        }
+    ]
+    high, low = _over_seeds(ours), _over_seeds(theirs)
+    if high is not None and low is not None:
+        name = f"{setting}: {POMONA}, nats, upper end over seeds below the lower one of {opponent}"
+        bars.append({"name": name, "value": high[1], "bar": low[0], "holds": high[1] < low[0]})
+    return bars
+
+
+def _plot(rows: dict[str, list[dict]]) -> str:
+    """Return nats per method with intervals over seeds, one panel per setting."""
+    names = [str(row["method"]) for row in next(iter(rows.values()))][::-1]
+    figure, panels = plt.subplots(
+        1, len(rows), figsize=(10, 3.8), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axes, (setting, found) in zip(panels[0], rows.items(), strict=True):
+        for row in found:
+            low, high = row["interval_over_seeds"] or [row["nats"]] * 2
+            place, ours = names.index(row["method"]), str(row["method"]).startswith(POMONA)
+            color = "#c05621" if ours else "#2b6cb0"
+            axes.plot([low, high], [place, place], color=color, linewidth=2)
+            axes.plot(row["nats"], place, "o", color=color)
+        axes.set(title=setting, xlabel="nats per token, held-out text of ten domains")
+        axes.set_yticks(range(len(names)), names)
+        axes.grid(axis="x", alpha=0.3)
+    return svg(figure)
 
 
 def _shown(row: dict) -> list[str]:
-    low, high = row["interval"]
+    spread = row["interval_over_seeds"] or row["interval_over_text"]
     seconds = sum(row["seconds"]) / len(row["seconds"])
-    figures = [f"{value:.3f}" for value in (row["nats"], low, high)]
     return [
         row["method"],
-        *figures,
+        f"{row['nats']:.3f}",
+        "–".join(f"{value:.3f}" for value in spread),
+        "–".join(f"{value:.3f}" for value in row["interval_over_text"]),
         f"{row['perplexity']:.1f}",
+        f"{row['total']:,}",
         f"{row['active']:,}",
         f"{seconds:.0f}",
     ]

@@ -42,7 +42,7 @@ def convergence(runs: Sequence[FinishedRun]) -> str:
         axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
     axes.set(xlabel="round", ylabel="nats per answer token")
     _legend_above(figure, axes)
-    return _svg(figure)
+    return svg(figure)
 
 
 def per_client(lines: Sequence[Line], ylabel: str) -> str:
@@ -60,7 +60,7 @@ def per_client(lines: Sequence[Line], ylabel: str) -> str:
         axes.set_ylim(min(values) * 0.95, max(values) * 1.02)
     axes.set_ylabel(ylabel)
     _legend_above(figure, axes)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _legend_above(figure: Figure, axes: Axes) -> None:
@@ -78,7 +78,7 @@ def heat_map(
     axes.set_xticks(range(len(columns)), columns, rotation=30 if len(columns) > 10 else 0)
     axes.set_yticks(range(len(rows)), rows)
     figure.colorbar(image, ax=axes, label=label)
-    return _svg(figure)
+    return svg(figure)
 
 
 def affinity_map(affinity: DomainAffinity, clusters: Clusters) -> str:
@@ -103,7 +103,7 @@ def affinity_map(affinity: DomainAffinity, clusters: Clusters) -> str:
     right.set_xticks(range(len(names)), names, rotation=60)
     right.set_yticks(range(len(names)), names)
     figure.colorbar(image, ax=right, label="correlation")
-    return _svg(figure)
+    return svg(figure)
 
 
 def _mean_by_round(run: FinishedRun, model: str) -> list[tuple[int, float]]:
@@ -116,7 +116,8 @@ def _mean_by_round(run: FinishedRun, model: str) -> list[tuple[int, float]]:
     return means
 
 
-def _svg(figure: Any) -> str:
+def svg(figure: Any) -> str:
+    """Return a figure as one SVG element, without a date, and close it."""
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
     plt.close(figure)
