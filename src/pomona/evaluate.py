@@ -137,7 +137,9 @@ def on_tasks(
             f"tasks need the LM evaluation harness ({error.name} is not installed); "
             "run pip install 'pomona[eval]'"
         ) from error
+    progress("loading tasks", 0, 1)
     prepared = prepare_tasks(tasks, data, fewshot)
+    progress("loading tasks", 1, 1)
     base, state = open_subject(subject)
     tokenizer = load_tokenizer(subject.source)
     with base.attach_one(state):

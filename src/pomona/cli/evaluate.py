@@ -39,12 +39,15 @@ Lengths = Annotated[
     list[int] | None,
     typer.Option(
         "--length",
-        help="Longest row or window, in tokens; 512 if not given, or the context if that is "
-        "shorter. With --text it may be given several times.",
+        help="Longest row or window, in tokens, or with --speed prompt and new tokens; 512 if not "
+        "given, or the context if that is shorter. With --text it may be given several times.",
         show_default=False,
     ),
 ]
-NewTokens = Annotated[int, typer.Option("--new-tokens", help="Longest answer; 0 skips answers.")]
+NewTokens = Annotated[
+    int,
+    typer.Option("--new-tokens", help="Longest answer; 0 skips answers. With --speed: its length."),
+]
 TemplateName = Annotated[str, typer.Option("--template", help="Prompt: alpaca or chat.")]
 Routing = Annotated[
     bool, typer.Option("--routing", help="With --text: how the experts are used, too.")
@@ -141,7 +144,9 @@ def evaluate(
             shown, found = measures.of_speed(made)
     measures.show(model, shown)
     if json is not None:
-        write_json(json, {"model": model, **found})
+        parts = {"adapter": adapter, "graft": graft}
+        worn = {name: str(folder) for name, folder in parts.items() if folder is not None}
+        write_json(json, {"model": model, **worn, **found})
 
 
 def _check_one(asked: Mapping[str, object]) -> None:

@@ -94,6 +94,7 @@ def of_tasks(results: TaskResults) -> Found:
     return [Shown("", header, rows, note if results.cut else "")], {
         "figures": tasks,
         "cut": results.cut,
+        "harness": results.harness,
     }
 
 

@@ -14,6 +14,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, cast
 
+import lm_eval
 import yaml
 from datasets import Dataset
 from lm_eval.api.group import Group
@@ -76,7 +77,7 @@ def run_tasks(
             "ask for another task or for fewer examples"
         ) from error
     wrapped.finish()
-    return TaskResults(_figures(cast(dict[str, Any], found)), wrapped.cut)
+    return TaskResults(_figures(cast(dict[str, Any], found)), wrapped.cut, lm_eval.__version__)
 
 
 class _Wrapped(_HFLM):

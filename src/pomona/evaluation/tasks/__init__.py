@@ -24,8 +24,10 @@ class TaskFigures:
 class TaskResults:
     """Every task's figures, a group before its members.
 
-    `cut` counts the requests that were longer than the model's context and lost their beginning.
+    `cut` counts the requests that were longer than the model's context and lost their beginning;
+    `harness` is the harness's version.
     """
 
     tasks: Mapping[str, TaskFigures]
     cut: int
+    harness: str
