@@ -17,7 +17,7 @@ import torch
 from record import comparison_rows, lower_loss, record
 from transformers import AutoTokenizer, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from pomona.artifacts.personal import Subject
+from pomona.artifacts.personal import PersonalModel
 from pomona.artifacts.report import write_report
 from pomona.artifacts.run import RunDirectory
 from pomona.artifacts.table import load_runs
@@ -75,7 +75,7 @@ def _reconstructed(out: Path, quick: bool) -> dict[str, dict[str, float]]:
 
 
 def _held_out(model: Path, data: Path) -> dict[str, dict[str, float]]:
-    return on_text(Subject(str(model)), str(data), [256], 32)[256].figures
+    return on_text(PersonalModel(str(model)), str(data), [256], 32)[256].figures
 
 
 def _random_qwen2_moe(out: Path) -> Path:

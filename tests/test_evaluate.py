@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as fn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pomona.artifacts.personal import Subject
+from pomona.artifacts.personal import PersonalModel
 from pomona.artifacts.run import RunDirectory
 from pomona.errors import PomonaError
 from pomona.evaluate import Figures, on_rows, on_tasks, on_text, speed
@@ -75,10 +75,10 @@ def on(
     length: int | None = LENGTH,
     new_tokens: int = 4,
 ) -> Figures:
-    subject = Subject(str(model), adapter, graft)
+    personal = PersonalModel(str(model), adapter, graft)
     if rows is not None:
-        return on_rows(subject, rows, template, limit, length, new_tokens)
-    (measured,) = on_text(subject, str(text), [] if length is None else [length], limit).values()
+        return on_rows(personal, rows, template, limit, length, new_tokens)
+    (measured,) = on_text(personal, str(text), [] if length is None else [length], limit).values()
     return measured.figures
 
 
@@ -173,12 +173,18 @@ def test_without_new_tokens_nothing_is_answered(moe_dir, rows_dir):
 
 def test_progress_ends_complete(moe_dir, rows_dir, texts):
     told: list[tuple[str, int, int]] = []
-    subject = Subject(str(moe_dir))
-    on_text(subject, str(texts), [32, 16], 0, progress=lambda *now: told.append(now))
+    personal = PersonalModel(str(moe_dir))
+    on_text(personal, str(texts), [32, 16], 0, progress=lambda *now: told.append(now))
     assert told[0] == ("evaluating", 0, told[-1][2])
     assert told[-1][1] == told[-1][2] > 2
     on_rows(
-        subject, rows_dir / "test.jsonl", "alpaca", 0, 32, 2, progress=lambda *now: told.append(now)
+        personal,
+        rows_dir / "test.jsonl",
+        "alpaca",
+        0,
+        32,
+        2,
+        progress=lambda *now: told.append(now),
     )
     assert told[-1] == ("evaluating", 12, 12)
     assert ("evaluating", 0, 12) in told
@@ -308,8 +314,8 @@ def test_without_a_length_the_context_is_the_limit(moe_dir, rows_dir):
 
 
 def test_several_lengths_are_each_what_one_alone_is(moe_dir, texts):
-    subject = Subject(str(moe_dir))
-    both = on_text(subject, str(texts), [32, 16, 32])
+    personal = PersonalModel(str(moe_dir))
+    both = on_text(personal, str(texts), [32, 16, 32])
     assert list(both) == [32, 16]
     for length in both:
         assert both[length].figures == on(moe_dir, text=texts, length=length)
@@ -319,9 +325,9 @@ def test_several_lengths_are_each_what_one_alone_is(moe_dir, texts):
 
 def test_routing_is_counted_on_the_same_windows(moe_dir, texts):
     """Load, entropy and variation against a loop over the routers' own choices."""
-    subject = Subject(str(moe_dir))
-    plain = on_text(subject, str(texts), [32])[32]
-    found = on_text(subject, str(texts), [32], routing=True)[32]
+    personal = PersonalModel(str(moe_dir))
+    plain = on_text(personal, str(texts), [32])[32]
+    found = on_text(personal, str(texts), [32], routing=True)[32]
     assert found.figures == plain.figures
     assert plain.routing == {}
     assert list(found.routing) == ["a", "b"]
@@ -344,7 +350,7 @@ def test_routing_is_counted_on_the_same_windows(moe_dir, texts):
 
 def test_a_dense_model_has_no_routing(dense_dir, texts):
     with pytest.raises(PomonaError, match="no mixture-of-experts layer"):
-        on_text(Subject(str(dense_dir)), str(texts), routing=True)
+        on_text(PersonalModel(str(dense_dir)), str(texts), routing=True)
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".md", ".tokens", ""])
@@ -372,7 +378,9 @@ def test_what_is_no_plain_text_is_refused(moe_dir, tmp_path, name, content, says
 
 def test_speed_is_measured_side_by_side(moe_dir, dense_dir):
     told: list[tuple[str, int, int]] = []
-    found = speed(Subject(str(moe_dir)), str(dense_dir), 24, 4, 3, lambda *now: told.append(now))
+    found = speed(
+        PersonalModel(str(moe_dir)), str(dense_dir), 24, 4, 3, lambda *now: told.append(now)
+    )
     assert list(found) == ["model", "dense"]
     for own in found.values():
         assert (own.prompt, own.new_tokens) == (20, 4)
@@ -380,7 +388,7 @@ def test_speed_is_measured_side_by_side(moe_dir, dense_dir):
         assert own.prefill == 20 / statistics.median(own.prefill_seconds)
         assert own.decode == 4 / statistics.median(own.decode_seconds)
     assert told[-1] == ("generating", 4, 4)
-    assert list(speed(Subject(str(moe_dir)), None, 8, 4, 1)) == ["model"]
+    assert list(speed(PersonalModel(str(moe_dir)), None, 8, 4, 1)) == ["model"]
 
 
 def test_speed_runs_the_greedy_generation_of_transformers(moe_dir, monkeypatch):
@@ -421,7 +429,7 @@ def test_speed_runs_the_greedy_generation_of_transformers(moe_dir, monkeypatch):
 )
 def test_a_speed_that_cannot_be_measured_is_said(moe_dir, given, says):
     with pytest.raises(PomonaError, match=says):
-        speed(Subject(str(moe_dir)), **given)
+        speed(PersonalModel(str(moe_dir)), **given)
 
 
 def test_tasks_need_the_extra(moe_dir, monkeypatch):
@@ -430,4 +438,4 @@ def test_tasks_need_the_extra(moe_dir, monkeypatch):
     for name in [name for name in sys.modules if name.startswith("lm_eval.")]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(PomonaError, match=r"pip install 'pomona\[eval\]'"):
-        on_tasks(Subject(str(moe_dir)), ["mmlu"])
+        on_tasks(PersonalModel(str(moe_dir)), ["mmlu"])

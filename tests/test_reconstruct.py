@@ -12,7 +12,7 @@ from conftest import save_model
 from laws.test_reconstruction_laws import DOMAINS, SMALL
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pomona.artifacts.personal import Subject
+from pomona.artifacts.personal import PersonalModel
 from pomona.artifacts.reconstruction_records import read_records
 from pomona.data.texts import read_domains
 from pomona.errors import PomonaError
@@ -103,7 +103,9 @@ def test_real_model_and_domains(models_dir, data_dir, tmp_path):
     for name, text in held.items():
         (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in text))
     for model in (dense, tmp_path / "fitted", tmp_path / "random"):
-        figures = on_text(Subject(str(model)), str(tmp_path / "*.jsonl"), [128], 4)[128].figures
+        figures = on_text(PersonalModel(str(model)), str(tmp_path / "*.jsonl"), [128], 4)[
+            128
+        ].figures
         losses[model.name] = figures["mean"]["loss"]
     assert losses["rootstock-3m"] < losses["fitted"] < losses["random"]
     assert losses["fitted"] < losses["rootstock-3m"] + 0.4

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from pomona.artifacts.personal import Subject, open_subject
+from pomona.artifacts.personal import PersonalModel, open_personal
 from pomona.data.examples import encode, padding_id
 from pomona.data.rows import read_rows
 from pomona.data.templates import TEMPLATES
@@ -38,7 +38,7 @@ class TextMeasures:
 
 
 def on_text(
-    subject: Subject,
+    personal: PersonalModel,
     text: str,
     lengths: Sequence[int] = (),
     limit: int = 64,
@@ -58,10 +58,10 @@ def on_text(
     single = Path(text).is_file()
     split = "valid" if not single and has_held_out(text) else "train"
     domains = {Path(text).name: read_texts(Path(text))} if single else read_domains(text, split)
-    base, state = open_subject(subject)
+    base, state = open_personal(personal)
     sites = find_expert_sites(base.model) if routing else []
-    chosen = [_fitting(length, subject.source, base.model) for length in lengths or (None,)]
-    tokenizer = load_tokenizer(subject.source)
+    chosen = [_fitting(length, personal.source, base.model) for length in lengths or (None,)]
+    tokenizer = load_tokenizer(personal.source)
     windows = {
         length: {
             name: _windows(name, consecutive_windows(texts, tokenizer, length, limit))
@@ -77,7 +77,7 @@ def on_text(
 
 
 def on_rows(
-    subject: Subject,
+    personal: PersonalModel,
     rows: Path,
     template: str = "alpaca",
     limit: int = 64,
@@ -94,10 +94,10 @@ def on_rows(
     if template not in TEMPLATES:
         raise PomonaError(f'unknown template "{template}"; there are {", ".join(TEMPLATES)}')
     chosen = read_rows(rows)[: limit or None]
-    base, state = open_subject(subject)
-    length = _fitting(length, subject.source, base.model)
+    base, state = open_personal(personal)
+    length = _fitting(length, personal.source, base.model)
     _check_room(length, new_tokens)
-    tokenizer, form = load_tokenizer(subject.source), TEMPLATES[template]()
+    tokenizer, form = load_tokenizer(personal.source), TEMPLATES[template]()
     encoded = [(row, encode(row, form, tokenizer, length)) for row in chosen]
     # Rows of like length share a batch; the figures do not depend on the order.
     encoded.sort(key=lambda pair: len(pair[1].input_ids))
@@ -118,7 +118,7 @@ def on_rows(
 
 
 def on_tasks(
-    subject: Subject,
+    personal: PersonalModel,
     tasks: Sequence[str],
     data: Path | None = None,
     fewshot: int | None = None,
@@ -140,14 +140,14 @@ def on_tasks(
     progress("loading tasks", 0, 1)
     prepared = prepare_tasks(tasks, data, fewshot)
     progress("loading tasks", 1, 1)
-    base, state = open_subject(subject)
-    tokenizer = load_tokenizer(subject.source)
+    base, state = open_personal(personal)
+    tokenizer = load_tokenizer(personal.source)
     with base.attach_one(state):
         return run_tasks(base.model, tokenizer, prepared, limit, progress)
 
 
 def speed(
-    subject: Subject,
+    personal: PersonalModel,
     dense: str | None = None,
     length: int | None = None,
     new_tokens: int = 64,
@@ -162,11 +162,11 @@ def speed(
     Raises `PomonaError` for numbers that do not fit.
     """
     _check_least(("length", length or 2, 2), ("new tokens", new_tokens, 1), ("repeats", repeats, 1))
-    base, state = open_subject(subject)
+    base, state = open_personal(personal)
     models = {"model": base.model}
     if dense is not None:
         models["dense"] = load_model(dense, "float32").eval()
-    sources = (subject.source, str(dense))
+    sources = (personal.source, str(dense))
     total = min(
         _fitting(length, source, model)
         for source, model in zip(sources, models.values(), strict=False)

@@ -10,7 +10,7 @@ import torch
 from conftest import word_text
 
 from pomona.artifacts.graft_format import write_graft
-from pomona.artifacts.personal import Subject, open_subject
+from pomona.artifacts.personal import PersonalModel, open_personal
 from pomona.data.questions import read_questions
 from pomona.errors import PomonaError
 from pomona.evaluate import on_tasks
@@ -66,7 +66,7 @@ def by_hand(model, tokenizer, questions=QUESTIONS) -> dict[str, float]:
 
 
 def run(model: Path, questions: Path, **given) -> TaskResults:
-    return on_tasks(Subject(str(model)), ["multiple_choice"], questions, limit=0, **given)
+    return on_tasks(PersonalModel(str(model)), ["multiple_choice"], questions, limit=0, **given)
 
 
 def test_accuracy_is_the_one_computed_by_hand(moe_dir, questions):
@@ -90,9 +90,9 @@ def test_the_personal_model_is_what_is_measured(moe_dir, questions, tmp_path):
         if value.is_floating_point():
             grafted[name] = torch.randn(value.shape, generator=generator)
     write_graft(tmp_path / "graft", Graft(rank=2), grafted, str(moe_dir))
-    subject = Subject(str(moe_dir), graft=tmp_path / "graft")
-    (own,) = on_tasks(subject, ["multiple_choice"], questions, limit=0).tasks.values()
-    opened, state = open_subject(subject)
+    personal = PersonalModel(str(moe_dir), graft=tmp_path / "graft")
+    (own,) = on_tasks(personal, ["multiple_choice"], questions, limit=0).tasks.values()
+    opened, state = open_personal(personal)
     with opened.attach_one(state):
         expected = by_hand(opened.model, load_tokenizer(moe_dir))
     assert own.metrics == pytest.approx(expected)
@@ -126,7 +126,7 @@ def test_examples_and_a_limit(moe_dir, questions):
     assert found.fewshot == 2
     again = run(moe_dir, questions, fewshot=2).tasks["multiple_choice"]
     assert again == found
-    few = on_tasks(Subject(str(moe_dir)), ["multiple_choice"], questions, limit=5)
+    few = on_tasks(PersonalModel(str(moe_dir)), ["multiple_choice"], questions, limit=5)
     assert few.tasks["multiple_choice"].questions == 5
     expected = by_hand(
         load_model(moe_dir, "float32").eval(), load_tokenizer(moe_dir), QUESTIONS[:5]
@@ -143,7 +143,7 @@ def test_mmlu_is_read_from_its_folder(data_dir, models_dir):
     model = models_dir / "rootstock-3m"
     told: list[tuple[str, int, int]] = []
     found = on_tasks(
-        Subject(str(model)), ["mmlu"], data_dir / "mmlu", 0, 2, lambda *now: told.append(now)
+        PersonalModel(str(model)), ["mmlu"], data_dir / "mmlu", 0, 2, lambda *now: told.append(now)
     )
     assert len(found.tasks) == 58
     assert next(iter(found.tasks)) == "mmlu"
@@ -178,7 +178,7 @@ doc_to_target: answer
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
     )
-    found = on_tasks(Subject(str(moe_dir)), [str(path)], limit=0)
+    found = on_tasks(PersonalModel(str(moe_dir)), [str(path)], limit=0)
     assert found.tasks["mine"].metrics["acc"] == pytest.approx(
         run(moe_dir, questions).tasks["multiple_choice"].metrics["acc"]
     )
@@ -226,7 +226,7 @@ def test_a_file_that_holds_no_questions_is_named(moe_dir, tmp_path, name, conten
 
 
 def test_tasks_that_cannot_be_run_are_told_before_a_model_is_loaded(questions, tmp_path):
-    nowhere = Subject("/nowhere")
+    nowhere = PersonalModel("/nowhere")
     wrong = {
         "reads a local file": (["multiple_choice"], None, None),
         "is read by mmlu and multiple_choice only": (["arc_easy"], questions, None),

@@ -18,20 +18,23 @@ from pomona.models.peft_format import read_adapter
 
 
 @dataclass(frozen=True)
-class Subject:
-    """Which model is meant: a folder or Hub id, and the folders of a client's parts."""
+class PersonalModel:
+    """A model as it lies on disk: a folder or Hub id, and the folders of a client's parts.
+
+    Without parts it is the base itself.
+    """
 
     source: str
     adapter: Path | None = None
     graft: Path | None = None
 
 
-def open_subject(subject: Subject) -> tuple[FrozenBase, ClientState]:
+def open_personal(personal: PersonalModel) -> tuple[FrozenBase, ClientState]:
     """Load the model in float32, frozen, and what `FrozenBase.attach_one` hangs on it.
 
     Raises `PomonaError` when a part does not belong to the model.
     """
-    source, adapter, graft = subject.source, subject.adapter, subject.graft
+    source, adapter, graft = personal.source, personal.adapter, personal.graft
     model = load_model(source, "float32")
     freeze(model)
     lora, shared = (LoRA(), {}) if adapter is None else read_adapter(adapter)

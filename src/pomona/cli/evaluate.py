@@ -116,7 +116,7 @@ def evaluate(
         raise PomonaError("several lengths are for --text; give --length once")
 
     from pomona import evaluate as verb
-    from pomona.artifacts.personal import Subject
+    from pomona.artifacts.personal import PersonalModel
     from pomona.cli import measures
     from pomona.cli.console import progress_bars
     from pomona.files import check_writable, write_json
@@ -124,22 +124,22 @@ def evaluate(
     for path in (json, None if figures is None else figures / "expert-load.svg"):
         if path is not None:
             check_writable(path)
-    subject, only = Subject(model, adapter, graft), lengths[0] if lengths else None
+    personal, only = PersonalModel(model, adapter, graft), lengths[0] if lengths else None
     found: dict[str, Any]
     with progress_bars() as progress:
         if text is not None:
-            made = verb.on_text(subject, text, lengths, limit, routing, progress)
+            made = verb.on_text(personal, text, lengths, limit, routing, progress)
             shown, found = measures.of_text(made, figures)
         elif rows is not None:
-            made = verb.on_rows(subject, rows, template, limit, only, new_tokens, progress)
+            made = verb.on_rows(personal, rows, template, limit, only, new_tokens, progress)
             shown, found = measures.of_rows(made)
         elif tasks is not None:
             names = [name.strip() for each in tasks for name in each.split(",") if name.strip()]
-            made = verb.on_tasks(subject, names, data, fewshot, limit, progress)
+            made = verb.on_tasks(personal, names, data, fewshot, limit, progress)
             shown, found = measures.of_tasks(made)
         else:
             made = verb.speed(
-                subject, dense, only, new_tokens, 5 if repeats is None else repeats, progress
+                personal, dense, only, new_tokens, 5 if repeats is None else repeats, progress
             )
             shown, found = measures.of_speed(made)
     measures.show(model, shown)

@@ -73,8 +73,8 @@ def run_tasks(
             found = evaluate(wrapped, prepared, limit=limit or None, log_samples=False)
     except (AssertionError, ValueError) as error:
         raise PomonaError(
-            f"the harness refuses {', '.join(prepared['tasks'])}: {_first_line(error)}; "
-            "ask for another task or for fewer examples"
+            f"the harness refuses the tasks asked for: {_first_line(error)}; choose others or fewer "
+            "examples"
         ) from error
     wrapped.finish()
     return TaskResults(_figures(cast(dict[str, Any], found)), wrapped.cut, lm_eval.__version__)
