@@ -17,12 +17,13 @@ import torch
 from record import comparison_rows, lower_loss, record
 from transformers import AutoTokenizer, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
+from pomona.artifacts.personal import PersonalModel
 from pomona.artifacts.report import write_report
 from pomona.artifacts.run import RunDirectory
 from pomona.artifacts.table import load_runs
 from pomona.cli.console import console, print_comparison, progress_bars
 from pomona.data.texts import read_domains
-from pomona.evaluate import measure
+from pomona.evaluate import on_text
 from pomona.federate import FederateSettings, federate
 from pomona.progress import titled
 from pomona.recipe import dump, read_recipe
@@ -68,13 +69,13 @@ def _reconstructed(out: Path, quick: bool) -> dict[str, dict[str, float]]:
         with progress_bars() as progress:
             console.print(str(reconstruct(dense, read_domains(data), mixture, settings, progress)))
     return {
-        name: {domain: own["loss"] for domain, own in _on_text(path, data).items()}
+        name: {domain: own["loss"] for domain, own in _held_out(path, data).items()}
         for name, path in (("dense", dense), ("mixture", mixture))
     }
 
 
-def _on_text(model: Path, data: Path) -> dict[str, dict[str, float]]:
-    return measure(str(model), str(data), None, None, None, "alpaca", 32, 256, 0)
+def _held_out(model: Path, data: Path) -> dict[str, dict[str, float]]:
+    return on_text(PersonalModel(str(model)), str(data), [256], 32)[256].figures
 
 
 def _random_qwen2_moe(out: Path) -> Path:

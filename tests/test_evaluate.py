@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import statistics
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as fn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pomona.artifacts.personal import PersonalModel
 from pomona.artifacts.run import RunDirectory
 from pomona.errors import PomonaError
-from pomona.evaluate import Figures, measure
+from pomona.evaluate import Figures, on_rows, on_tasks, on_text, speed
 from pomona.federate import FederateSettings, federate
 from pomona.federation.clients import ClientData
 from pomona.federation.graft import Graft
@@ -72,8 +75,11 @@ def on(
     length: int | None = LENGTH,
     new_tokens: int = 4,
 ) -> Figures:
-    source = None if text is None else str(text)
-    return measure(str(model), source, rows, adapter, graft, template, limit, length, new_tokens)
+    personal = PersonalModel(str(model), adapter, graft)
+    if rows is not None:
+        return on_rows(personal, rows, template, limit, length, new_tokens)
+    (measured,) = on_text(personal, str(text), [] if length is None else [length], limit).values()
+    return measured.figures
 
 
 def test_text_is_measured_as_transformers_would(moe_dir, texts):
@@ -167,33 +173,40 @@ def test_without_new_tokens_nothing_is_answered(moe_dir, rows_dir):
 
 def test_progress_ends_complete(moe_dir, rows_dir, texts):
     told: list[tuple[str, int, int]] = []
-    for text, rows in ((str(texts), None), (None, rows_dir / "test.jsonl")):
-        measure(
-            str(moe_dir), text, rows, None, None, "alpaca", 0, 32, 2, lambda *now: told.append(now)
-        )
-        assert told[-1][1] == told[-1][2]
+    personal = PersonalModel(str(moe_dir))
+    on_text(personal, str(texts), [32, 16], 0, progress=lambda *now: told.append(now))
+    assert told[0] == ("evaluating", 0, told[-1][2])
+    assert told[-1][1] == told[-1][2] > 2
+    on_rows(
+        personal,
+        rows_dir / "test.jsonl",
+        "alpaca",
+        0,
+        32,
+        2,
+        progress=lambda *now: told.append(now),
+    )
+    assert told[-1] == ("evaluating", 12, 12)
     assert ("evaluating", 0, 12) in told
 
 
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({}, "either --text or --rows"),
-        ({"both": True}, "either --text or --rows"),
-        ({"text": True, "template": "other"}, 'template "other"; there are alpaca, chat'),
+        ({"rows": True, "template": "other"}, 'template "other"; there are alpaca, chat'),
         ({"text": True, "length": 1}, "length 1 is too small; use 2"),
         ({"text": True, "length": 257}, "length 257 is longer than the context"),
         ({"rows": True, "limit": -1}, "limit -1 is too small"),
         ({"rows": True, "new_tokens": -1}, "new tokens -1"),
         ({"rows": True, "new_tokens": 96}, "leave no room for a prompt"),
+        ({"rows": True, "new_tokens": 256, "length": None}, "no room for a prompt in length 256"),
         ({"rows": True, "template": "chat"}, "no chat template"),
     ],
 )
 def test_what_cannot_be_measured_is_said(moe_dir, rows_dir, texts, given, says):
     source = dict(given)
-    both = source.pop("both", False)
-    text = texts if source.pop("text", both) else None
-    rows = rows_dir / "test.jsonl" if source.pop("rows", both) else None
+    text = texts if source.pop("text", False) else None
+    rows = rows_dir / "test.jsonl" if source.pop("rows", False) else None
     with pytest.raises(PomonaError, match=says):
         on(moe_dir, text=text, rows=rows, **source)
 
@@ -298,3 +311,131 @@ def test_a_damaged_adapter_is_told(run_dir, moe_dir, rows_dir, tmp_path, content
 def test_without_a_length_the_context_is_the_limit(moe_dir, rows_dir):
     rows = rows_dir / "test.jsonl"
     assert on(moe_dir, rows=rows, length=None) == on(moe_dir, rows=rows, length=256)
+
+
+def test_several_lengths_are_each_what_one_alone_is(moe_dir, texts):
+    personal = PersonalModel(str(moe_dir))
+    both = on_text(personal, str(texts), [32, 16, 32])
+    assert list(both) == [32, 16]
+    for length in both:
+        assert both[length].figures == on(moe_dir, text=texts, length=length)
+        own = both[length].figures["a"]
+        assert own["tokens"] == own["windows"] * (length - 1)
+
+
+def test_routing_is_counted_on_the_same_windows(moe_dir, texts):
+    """Load, entropy and variation against a loop over the routers' own choices."""
+    personal = PersonalModel(str(moe_dir))
+    plain = on_text(personal, str(texts), [32])[32]
+    found = on_text(personal, str(texts), [32], routing=True)[32]
+    assert found.figures == plain.figures
+    assert plain.routing == {}
+    assert list(found.routing) == ["a", "b"]
+    model = AutoModelForCausalLM.from_pretrained(moe_dir, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(moe_dir)
+    tokens = tokenizer(word_text(10, 90), add_special_tokens=False)["input_ids"]
+    ids = torch.tensor([tokenizer.bos_token_id, *tokens])
+    with torch.no_grad():
+        logits = model(ids[: len(ids) // 32 * 32].view(-1, 32), output_router_logits=True)
+    for layer, router in enumerate(logits.router_logits):
+        chosen = router.topk(2).indices.flatten().tolist()
+        share = [chosen.count(expert) / len(chosen) for expert in range(4)]
+        load = found.routing["a"]
+        assert load.layer(layer) == pytest.approx(share)
+        entropy = -sum(p * math.log(p) for p in share if p) / math.log(4)
+        assert float(load.entropy_L[layer]) == pytest.approx(entropy)
+        variation = statistics.pstdev(share) / 0.25
+        assert float(load.variation_L[layer]) == pytest.approx(variation)
+
+
+def test_a_dense_model_has_no_routing(dense_dir, texts):
+    with pytest.raises(PomonaError, match="no mixture-of-experts layer"):
+        on_text(PersonalModel(str(dense_dir)), str(texts), routing=True)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".md", ".tokens", ""])
+def test_plain_text_may_have_any_suffix(moe_dir, tmp_path, suffix):
+    path = tmp_path / f"own{suffix}"
+    path.write_text(word_text(3, 90), encoding="utf-8")
+    assert on(moe_dir, text=path, length=32)[path.name]["windows"] > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("own.json", b'{"text": "x"}', r"own\.json is \.json data and no plain text; save it as"),
+        ("own.CSV", b"a,b\n", r"own\.CSV is \.CSV data"),
+        ("own.parquet", b"PAR1", r"own\.parquet is \.parquet data"),
+        ("own.dat", b"red\0plum", r"own\.dat holds zero bytes"),
+        ("own.raw", b"\xff\xfe", r"own\.raw is not UTF-8"),
+    ],
+)
+def test_what_is_no_plain_text_is_refused(moe_dir, tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(PomonaError, match=says):
+        on(moe_dir, text=tmp_path / name)
+
+
+def test_speed_is_measured_side_by_side(moe_dir, dense_dir):
+    told: list[tuple[str, int, int]] = []
+    found = speed(
+        PersonalModel(str(moe_dir)), str(dense_dir), 24, 4, 3, lambda *now: told.append(now)
+    )
+    assert list(found) == ["model", "dense"]
+    for own in found.values():
+        assert (own.prompt, own.new_tokens) == (20, 4)
+        assert len(own.prefill_seconds) == len(own.decode_seconds) == 3
+        assert own.prefill == 20 / statistics.median(own.prefill_seconds)
+        assert own.decode == 4 / statistics.median(own.decode_seconds)
+    assert told[-1] == ("generating", 4, 4)
+    assert list(speed(PersonalModel(str(moe_dir)), None, 8, 4, 1)) == ["model"]
+
+
+def test_speed_runs_the_greedy_generation_of_transformers(moe_dir, monkeypatch):
+    """Every model in its turn; the tokens fed are those that `generate` chooses."""
+    from pomona.evaluation.speed import generation_speeds
+
+    model = AutoModelForCausalLM.from_pretrained(moe_dir, dtype=torch.float32).eval()
+    prompt = torch.randint(3, 200, (1, 7), generator=torch.Generator().manual_seed(1))
+    seen: list[tuple[str, torch.Tensor]] = []
+
+    class Watched(torch.nn.Module):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
+        def forward(self, **given):
+            seen.append((self.name, given["input_ids"]))
+            return model(**given)
+
+    generation_speeds({"x": Watched("x"), "y": Watched("y")}, prompt, 3, 2)
+    turns = [name for name, ids in seen if ids.shape[1] > 1]
+    assert turns == ["y", "x", "x", "y", "y", "x"]
+    model.generation_config.eos_token_id = None
+    expected = model.generate(prompt, max_new_tokens=3, do_sample=False)[0, 7:]
+    fed = torch.cat([ids[0] for name, ids in seen[:4] if ids.shape[1] == 1])
+    assert torch.equal(fed, expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"length": 257}, "length 257 is longer than the context"),
+        ({"length": 64}, "new tokens 64 leave no room"),
+        ({"new_tokens": 0}, "new tokens 0 is too small; use 1"),
+        ({"repeats": 0}, "repeats 0 is too small"),
+        ({"dense": "/nowhere"}, "/nowhere is not a folder"),
+    ],
+)
+def test_a_speed_that_cannot_be_measured_is_said(moe_dir, given, says):
+    with pytest.raises(PomonaError, match=says):
+        speed(PersonalModel(str(moe_dir)), **given)
+
+
+def test_tasks_need_the_extra(moe_dir, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "pomona.evaluation.harness", raising=False)
+    for name in [name for name in sys.modules if name.startswith("lm_eval.")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(PomonaError, match=r"pip install 'pomona\[eval\]'"):
+        on_tasks(PersonalModel(str(moe_dir)), ["mmlu"])

@@ -94,7 +94,8 @@ def test_a_run_leaves_what_it_promises(settings, tmp_path):
 
 def test_saved_personal_model_is_the_one_that_was_evaluated(settings, tmp_path):
     """The published code saved untrained private weights; ours saves exactly what it measured."""
-    from pomona.evaluate import measure
+    from pomona.artifacts.personal import PersonalModel
+    from pomona.evaluate import on_rows
 
     run(settings, tmp_path / "run")
     answers = [json.loads(x) for x in (tmp_path / "run/answers.jsonl").read_text().splitlines()]
@@ -102,17 +103,10 @@ def test_saved_personal_model_is_the_one_that_was_evaluated(settings, tmp_path):
     lines = Path(settings.data.test).read_text().splitlines()
     rows = tmp_path / "pears.jsonl"
     rows.write_text("\n".join(x for x in lines if json.loads(x)["category"] == "pears"))
-    figures = measure(
-        settings.model,
-        None,
-        rows,
-        tmp_path / "run/shared",
-        tmp_path / "run/clients/pears/graft",
-        "alpaca",
-        3,
-        96,
-        4,
-    )[rows.name]
+    personal = PersonalModel(
+        settings.model, tmp_path / "run/shared", tmp_path / "run/clients/pears/graft"
+    )
+    figures = on_rows(personal, rows, limit=3, length=96, new_tokens=4)[rows.name]
     assert figures["loss"] == pytest.approx(
         sum(a["nats"] for a in own) / sum(a["tokens"] for a in own), abs=1e-6
     )

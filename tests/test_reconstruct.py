@@ -12,10 +12,11 @@ from conftest import save_model
 from laws.test_reconstruction_laws import DOMAINS, SMALL
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pomona.artifacts.personal import PersonalModel
 from pomona.artifacts.reconstruction_records import read_records
 from pomona.data.texts import read_domains
 from pomona.errors import PomonaError
-from pomona.evaluate import measure
+from pomona.evaluate import on_text
 from pomona.reconstruct import ReconstructSettings, reconstruct
 from pomona.reconstruction.router import Fitted, RandomRouter
 from pomona.reconstruction.specialise import Specialise
@@ -109,9 +110,9 @@ def test_real_model_and_domains(models_dir, data_dir, tmp_path):
     for name, text in held.items():
         (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in text))
     for model in (dense, tmp_path / "fitted", tmp_path / "random"):
-        figures = measure(
-            str(model), str(tmp_path / "*.jsonl"), None, None, None, "alpaca", 4, 128, 0
-        )
+        figures = on_text(PersonalModel(str(model)), str(tmp_path / "*.jsonl"), [128], 4)[
+            128
+        ].figures
         losses[model.name] = figures["mean"]["loss"]
     assert losses["rootstock-3m"] < losses["fitted"] < losses["random"]
     assert losses["fitted"] < losses["rootstock-3m"] + 0.4

@@ -1,10 +1,12 @@
 """Atomic writing, reading JSON back, and locks: a reader sees the old file or the new, never half."""
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -104,6 +106,21 @@ def cannot_read(path: Path, error: OSError) -> PomonaError:
     return PomonaError(
         f"cannot read {path}: {error.strerror or error}; check the path and its mode"
     )
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a path where no file can be written, before hours are spent on what it should hold.
+
+    A nameless file is tried in the nearest folder there is; nothing is left behind.
+    """
+    path = path.absolute()
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=next(p for p in path.parents if p.exists())):
+            pass
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 def write_text(path: Path, text: str) -> None:

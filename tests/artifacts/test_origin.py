@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from pomona.artifacts.origin import ORIGIN, prompt_for
+from pomona.artifacts.personal import PersonalModel
 from pomona.artifacts.run import RunDirectory
 from pomona.data.templates import Alpaca, Chat
 from pomona.errors import PomonaError
-from pomona.evaluate import measure
+from pomona.evaluate import on_rows
 from pomona.federate import FederateSettings, federate
 from pomona.federation.clients import ClientData
 from pomona.federation.graft import Graft
@@ -59,7 +60,8 @@ def parts(run_dir, tmp_path) -> dict[str, Path]:
 
 def on(model, rows_dir, template=None, note=print, adapter=None, graft=None):
     rows = rows_dir / "test.jsonl"
-    return measure(str(model), None, rows, adapter, graft, template, 2, 96, 2, note=note)
+    personal = PersonalModel(str(model), adapter, graft)
+    return on_rows(personal, rows, template, 2, 96, 2, note=note)
 
 
 def retell(folder: Path, **changes: object) -> None:

@@ -315,12 +315,38 @@ def test_federate_leaves_other_runs_and_files_alone(
     assert contents(mine) == {"notes.txt": b"mine"}
 
 
-def test_evaluate_names_what_it_cannot_use(refused, moe_dir, rows_dir, domains, tmp_path):
+LENGTHS = ("--length", 32, "--length", 64)
+
+
+def test_evaluate_names_what_it_cannot_use(
+    refused, moe_dir, dense_dir, rows_dir, domains, tmp_path
+):
     out = tmp_path / "figures.json"
     rows = rows_dir / "test.jsonl"
     (tmp_path / "bad.jsonl").write_text('{"instruction": "x", "response": "y"}\n{\n')
+    (tmp_path / "bad.json").write_text("{}")
+    (tmp_path / "taken").write_text("mine")
+    speed = [moe_dir, "--speed"]
     wrong: dict[str, Sequence[object]] = {
-        "--text or --rows": [moe_dir],
+        "give one of --text, --rows, --tasks, --speed to measure, not none": [moe_dir],
+        "not --text and --speed": [*speed, "--text", domains],
+        "not --rows and --tasks": [moe_dir, "--rows", rows, "--tasks", "mmlu"],
+        "--routing goes with --text": [*speed, "--routing"],
+        "--figures goes with --routing": [moe_dir, "--text", domains, "--figures", tmp_path],
+        "--data goes with --tasks": [*speed, "--data", rows],
+        "--fewshot goes with --tasks": [*speed, "--fewshot", 0],
+        "--dense goes with --speed": [moe_dir, "--rows", rows, "--dense", moe_dir],
+        "--repeats goes with --speed": [moe_dir, "--rows", rows, "--repeats", 2],
+        "several lengths are for --text": [moe_dir, "--rows", rows, *LENGTHS],
+        "no room for a prompt in length 256": [*speed, "--new-tokens", 256],
+        "no room for a prompt in length 64": [*speed, "--length", 64],
+        "repeats 0 is too small": [*speed, "--repeats", 0],
+        "LlamaForCausalLM has no mixture": [dense_dir, "--text", domains, "--routing"],
+        "bad.json is .json data": [moe_dir, "--text", tmp_path / "bad.json"],
+        str(tmp_path / "taken/load"): [
+            *(moe_dir, "--text", domains, "--routing"),
+            *("--figures", tmp_path / "taken/load"),
+        ],
         "none.jsonl": [moe_dir, "--rows", tmp_path / "none.jsonl", "--length", 96],
         "bad.jsonl:2": [moe_dir, "--rows", tmp_path / "bad.jsonl", "--length", 96],
         "length 512 is longer": [moe_dir, "--rows", rows, "--length", 512],
@@ -347,6 +373,21 @@ def test_evaluate_takes_no_negative_numbers(refused, moe_dir, rows_dir, option, 
     given = {"--length": 96, "--new-tokens": 2, option: value}
     options = [part for pair in given.items() for part in pair]
     assert says in refused("evaluate", moe_dir, "--rows", rows_dir / "test.jsonl", *options)
+
+
+@pytest.mark.parametrize("place", ["", "taken", "taken/figures.json", "/proc/self/figures.json"])
+def test_evaluate_refuses_a_place_for_its_figures_before_it_measures(
+    refused, monkeypatch, moe_dir, domains, tmp_path, place
+):
+    def measured(*_: object) -> None:
+        raise AssertionError("nothing should be measured")
+
+    monkeypatch.setattr("pomona.evaluate.on_text", measured)
+    (tmp_path / "taken").write_text("mine")
+    out = tmp_path if place in ("", "taken") else tmp_path / place
+    message = refused("evaluate", moe_dir, "--text", domains, "--json", out)
+    assert f"cannot write {out}" in message
+    assert contents(tmp_path) == {"taken": b"mine"}
 
 
 def test_report_names_a_folder_that_is_no_run(refused, tmp_path):
@@ -380,7 +421,7 @@ def test_reconstruct_on_a_full_disk_leaves_nothing(refused, reconstruct_recipe, 
     out, recipe = tmp_path / "out", reconstruct_recipe()
     with full_disk(size):
         message = refused("reconstruct", "--recipe", recipe, "--out", out)
-    assert str(out) in message
+    assert f"cannot write {tmp_path}" in message  # OUT, or the hidden folder beside it
     assert "make room" in message
     assert [path.name for path in tmp_path.iterdir()] == ["reconstruct.toml"]
 

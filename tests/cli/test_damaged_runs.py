@@ -117,7 +117,6 @@ def must_refuse(file: str, damage: str) -> bool:
         ("pomona.json", "model"): "é",
         ("pomona.json", "dtype"): "é",
         ("pomona.json", "base"): "{}",
-        ("pomona.json", "template"): "{}",  # the command names one itself
     }
     optional = damage == f"without {key}" and file == "adapter_config.json"
     return not optional and value.strip("'") != fits.get((file, key), "nothing")

@@ -123,6 +123,24 @@ def test_help_needs_no_heavy_library():
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize(
+    ("command", "interrupts"),
+    [
+        (("evaluate", "model", "--speed"), "pomona.evaluate.speed"),
+        (("report", "run"), "pomona.artifacts.report.write_report"),
+    ],
+)
+def test_an_interruption_does_not_promise_what_is_not_so(monkeypatch, capsys, command, interrupts):
+    """These commands keep nothing, so nothing goes on."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(interrupts, interrupted)
+    code, _, err = pomona_says(monkeypatch, capsys, *command)
+    assert (code, err) == (130, "interrupted; nothing of it is kept\n")
+
+
 def test_an_interruption_is_one_sentence_and_exits_with_130(monkeypatch, capsys, tmp_path):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt

@@ -19,7 +19,8 @@ from pomona.models.loading import load_model, load_tokenizer
 
 def test_the_shipped_model_is_small_and_knows_every_domain():
     assert sum(f.stat().st_size for f in story.MODEL.iterdir()) < 4_000_000
-    from pomona.evaluate import measure
+    from pomona.artifacts.personal import PersonalModel
+    from pomona.evaluate import on_text
 
     tokenizer = load_tokenizer(story.MODEL)
     assert load_model(story.MODEL).config.vocab_size == len(tokenizer)
@@ -32,7 +33,7 @@ def test_the_shipped_model_is_small_and_knows_every_domain():
             (Path(folder) / f"{name}.jsonl").write_text(
                 "\n".join(json.dumps({"text": text}) for text in texts)
             )
-        figures = measure(str(story.MODEL), folder, None, None, None, "alpaca", 8, 128, 0)
+        figures = on_text(PersonalModel(str(story.MODEL)), folder, [128], 8)[128].figures
     assert len(figures) == len(DOMAINS) + 1
     assert all(own["loss"] < 2.0 for own in figures.values())  # uniform guessing is 6.6
 

@@ -71,9 +71,22 @@ def test_rouge_l():
 
 
 def test_expert_load():
-    load = expert_load(torch.tensor([[5, 5, 5, 5], [20, 0, 0, 0]]))
+    load = expert_load(torch.tensor([[5, 5, 5, 5], [20, 0, 0, 0]]), [4, 4])
     assert load.entropy_L.tolist() == pytest.approx([1.0, 0.0])
+    assert load.variation_L.tolist() == pytest.approx([0.0, math.sqrt(3)])
     assert load.share_LE[1].tolist() == [1, 0, 0, 0]
+
+
+def test_expert_load_of_layers_that_differ_in_experts():
+    """What fills a narrow layer up is no expert that nobody uses."""
+    counts = torch.tensor([[6, 2, 0, 0], [3, 3, 3, 3], [4, 0, 0, 0], [0, 0, 0, 0]])
+    load = expert_load(counts, [2, 4, 1, 3])
+    p = 0.75
+    half = -(p * math.log2(p) + (1 - p) * math.log2(1 - p))
+    assert load.entropy_L.tolist() == pytest.approx([half, 1.0, 1.0, 0.0])
+    assert load.variation_L.tolist() == pytest.approx([0.5, 0.0, 0.0, 0.0])
+    assert load.layer(0) == [0.75, 0.25]
+    assert [len(load.layer(layer)) for layer in range(4)] == [2, 4, 1, 3]
 
 
 def test_intervals_agree_with_scipy():

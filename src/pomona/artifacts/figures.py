@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from scipy.cluster.hierarchy import dendrogram
 
 from pomona.artifacts.table import FinishedRun, Line
+from pomona.evaluation.experts import ExpertLoad
 from pomona.reconstruction.affinity import DomainAffinity
 from pomona.reconstruction.cluster import Clusters
 
@@ -78,6 +79,27 @@ def heat_map(
     axes.set_xticks(range(len(columns)), columns, rotation=30 if len(columns) > 10 else 0)
     axes.set_yticks(range(len(rows)), rows)
     figure.colorbar(image, ax=axes, label=label)
+    return svg(figure)
+
+
+def expert_load_map(routing: Mapping[str, ExpertLoad]) -> str:
+    """Domains by experts, one panel per MoE layer, all of them on one colour scale."""
+    domains, layers = list(routing), next(iter(routing.values())).num_experts
+    rows = -(-len(layers) // 2)
+    size = (8.0, 0.6 + rows * (0.9 + 0.22 * len(domains)))
+    figure, grid = plt.subplots(rows, 2, figsize=size, layout="constrained", squeeze=False)
+    most = max(float(load.share_LE.max()) for load in routing.values())
+    for place, axes in enumerate(grid.flat):
+        if place >= len(layers):
+            axes.set_axis_off()
+            continue
+        shares = [load.layer(place) for load in routing.values()]
+        image = axes.imshow(shares, aspect="auto", cmap="viridis", vmin=0, vmax=most)
+        axes.set_yticks(range(len(domains)), domains if place % 2 == 0 else [""] * len(domains))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_title(f"MoE layer {place}", fontsize="medium")
+        if place == 0:
+            figure.colorbar(image, ax=grid.ravel().tolist(), label="share of assignments")
     return svg(figure)
 
 

@@ -139,7 +139,7 @@ def _experts(runs: Sequence[FinishedRun]) -> str:
     for model, routing in routed.results["routing"].items():
         experts = [str(e) for e in range(len(routing["load"][0]))]
         layers = [f"layer {i}" for i in range(len(routing["load"]))]
-        plot = figures.heat_map(routing["load"], layers, experts, "share of tokens")
+        plot = figures.heat_map(routing["load"], layers, experts, "share of assignments")
         parts.append(_figure(plot, f"Expert load, {model} model. From results.json."))
     return "".join(parts)
 

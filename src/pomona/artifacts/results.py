@@ -79,7 +79,7 @@ def assemble_results(
         "gate_openness": {line["client"]: line["openness"] for line in routing if line["openness"]}
         or None,
         "routing": {
-            model: _routing([line for line in routing if line["model"] == model])
+            model: _routing([line for line in routing if line["model"] == model], sites)
             for model in MODELS
             if any(line["model"] == model for line in routing)
         },
@@ -109,8 +109,8 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _routing(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Pool the clients' token counts: [L, C, E] → load and entropy per layer."""
+def _routing(lines: Sequence[Mapping[str, Any]], sites: Sequence[ExpertSite]) -> dict[str, Any]:
+    """Pool the clients' counts: [L, C, E] → load and entropy per layer."""
     counts_LCE = torch.tensor([line["counts"] for line in lines]).transpose(0, 1)
-    load = expert_load(counts_LCE.sum(1))
+    load = expert_load(counts_LCE.sum(1), [site.num_experts for site in sites])
     return {"load": load.share_LE.tolist(), "entropy": load.entropy_L.tolist()}

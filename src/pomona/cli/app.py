@@ -26,7 +26,7 @@ app = typer.Typer(
 )
 
 
-def _ending(command: Callable[..., None]) -> Callable[..., None]:
+def _ending(command: Callable[..., None], interrupted: str) -> Callable[..., None]:
     """Turn a mistake and an interruption into one sentence; typer would only say "Aborted"."""
 
     @wraps(command)
@@ -37,7 +37,7 @@ def _ending(command: Callable[..., None]) -> Callable[..., None]:
             typer.echo(f"error: {_printable(' '.join(str(error).splitlines()))}", err=True)
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
-            typer.echo("interrupted; run the same command again to go on", err=True)
+            typer.echo(interrupted, err=True)
             raise typer.Exit(130) from error
 
     return run
@@ -48,8 +48,17 @@ def _printable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-for command in (reconstruct, federate, evaluate, report, demo):
-    app.command()(_ending(command))
+GO_ON = "interrupted; run the same command again to go on"
+NOTHING_KEPT = "interrupted; nothing of it is kept"
+
+for command, interrupted in {
+    reconstruct: GO_ON,
+    federate: GO_ON,
+    evaluate: NOTHING_KEPT,
+    report: NOTHING_KEPT,
+    demo: GO_ON,
+}.items():
+    app.command()(_ending(command, interrupted))
 
 
 def _show_version(wanted: bool | None) -> None:

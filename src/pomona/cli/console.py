@@ -40,7 +40,8 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     """Print a table; the first column is text, the others are figures."""
     grid = Table()
     for number, column in enumerate(columns):
-        grid.add_column(column, justify="left" if number == 0 else "right")
+        justify = "left" if number == 0 else "right"
+        grid.add_column(column, justify=justify, overflow="fold")  # never cut: names would be alike
     for row in rows:
         grid.add_row(*row)
     console.print(title, style="italic")

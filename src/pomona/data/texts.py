@@ -16,6 +16,11 @@ from pomona.shapes import Tokens
 
 _HELD_OUT = (".valid.", ".test.")
 
+# Data in another form, which as plain text would be measured with all its brackets and quotes.
+_TABLES = {".json", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".npy", ".safetensors"}
+_DOCUMENTS = {".html", ".htm", ".xml", ".rtf", ".pdf", ".doc", ".docx", ".odt", ".epub"}
+_ARCHIVES = {".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".7z"}
+
 
 def read_domains(
     source: Path | str, split: Literal["train", "valid"] = "train"
@@ -50,15 +55,29 @@ def has_held_out(source: Path | str) -> bool:
 
 
 def read_texts(path: Path) -> list[str]:
-    """Read the documents of a .jsonl (field "text") or .txt file (separated by blank lines)."""
+    """Read the documents of a .jsonl (field "text") or of plain text (separated by blank lines).
+
+    Plain text may have any suffix. Raises `PomonaError` for an empty file, and for one that is not
+    plain text by its suffix or by its bytes.
+    """
     if path.suffix == ".jsonl":
         texts = [text_field(r, "text", f"{path}:{line}") for line, r in read_records(path)]
     else:
-        texts = read_utf8(path).split("\n\n")
+        texts = _plain_text(path).split("\n\n")
     kept = [text.strip() for text in texts if text.strip()]
     if not kept:
         raise PomonaError(f"{path} is empty; it should hold the text of one domain")
     return kept
+
+
+def _plain_text(path: Path) -> str:
+    remedy = 'save it as .txt, or as .jsonl with one {"text": …} per line'
+    if path.suffix.lower() in _TABLES | _DOCUMENTS | _ARCHIVES:
+        raise PomonaError(f"{path} is {path.suffix} data and no plain text; {remedy}")
+    text = read_utf8(path)
+    if "\0" in text:
+        raise PomonaError(f"{path} holds zero bytes and is no plain text; {remedy}")
+    return text
 
 
 def sample_windows(

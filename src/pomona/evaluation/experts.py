@@ -1,7 +1,8 @@
 """How evenly experts are used."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
@@ -10,15 +11,36 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ExpertLoad:
-    """Share of the tokens per expert [L, E] and its entropy per layer [L], 1 when even."""
+    """What each expert of a layer is given of the layer's assignments: K per token.
 
-    share_LE: Tensor
+    share_LE: the load [L, E], one in all per layer; zero beyond the experts a layer has.
+    entropy_L: the load's entropy per layer [L] divided by log E: 1 when even, 0 when one has all.
+    variation_L: the coefficient of variation per layer [L]: standard deviation over mean, 0 when even.
+    num_experts: E of every layer.
+    """
+
+    share_LE: Tensor = field(repr=False)
     entropy_L: Tensor
+    variation_L: Tensor
+    num_experts: tuple[int, ...]
+
+    def layer(self, index: int) -> list[float]:
+        """Return the load of a layer's own experts [E], without what fills it up to the widest."""
+        return self.share_LE[index, : self.num_experts[index]].tolist()
 
 
-def expert_load(counts_LE: Int[Tensor, "L E"]) -> ExpertLoad:
-    """Return the load of counted tokens; entropy is divided by log E."""
+def expert_load(counts_LE: Int[Tensor, "L E"], num_experts: Sequence[int]) -> ExpertLoad:
+    """Return the load of counted assignments; E per layer is what `num_experts` says.
+
+    Layers may differ in E: counts of a narrower one are filled with zeros, which are no experts. A
+    layer of one expert is even; one that was sent nothing has a load, entropy and variation of zero.
+    """
     total_L1 = counts_LE.sum(1, keepdim=True).clamp_min(1)
     share_LE: Float[Tensor, "L E"] = counts_LE.double() / total_L1
-    entropy_L = torch.special.entr(share_LE).sum(1) / math.log(max(counts_LE.shape[1], 2))
-    return ExpertLoad(share_LE, entropy_L)
+    experts_L = torch.tensor(num_experts, dtype=torch.float64)
+    most_L = torch.tensor([math.log(max(number, 2)) for number in num_experts]).double()
+    entropy_L = torch.special.entr(share_LE).sum(1) / most_L
+    entropy_L[(experts_L == 1) & (counts_LE.sum(1) > 0)] = 1.0
+    # E · Σ share² is 1 + variation² for shares that sum to one.
+    square_L = experts_L * share_LE.square().sum(1) - share_LE.sum(1)
+    return ExpertLoad(share_LE, entropy_L, square_L.clamp_min(0).sqrt(), tuple(num_experts))

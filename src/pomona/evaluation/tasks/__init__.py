@@ -1,0 +1,33 @@
+"""Tasks of the LM evaluation harness: the wording of our own (YAML beside), what any of them gave."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+LOCAL = ("mmlu", "multiple_choice")
+"""The tasks that read local files."""
+
+
+@dataclass(frozen=True)
+class TaskFigures:
+    """A task's metrics with their standard errors (None where it has none), and what they are of.
+
+    `fewshot` is None for a group whose members differ.
+    """
+
+    metrics: Mapping[str, float]
+    errors: Mapping[str, float | None]
+    questions: int
+    fewshot: int | None
+
+
+@dataclass(frozen=True)
+class TaskResults:
+    """Every task's figures, a group before its members.
+
+    `cut` counts the requests that were longer than the model's context and lost their beginning;
+    `harness` is the harness's version.
+    """
+
+    tasks: Mapping[str, TaskFigures]
+    cut: int
+    harness: str
