@@ -117,7 +117,8 @@ def preview(
     """Return what `reconstruct` would make and what it would cost, without making it."""
     settings.check_domains(domains)
     checkpoint = Checkpoint.open(checkpoint_folder(model))
-    return estimate(checkpoint, dense_family(checkpoint), settings, len(domains), placement)
+    shapes = {name: checkpoint.shape(name) for name in checkpoint.files}
+    return estimate(shapes, dense_family(checkpoint), settings, len(domains), placement)
 
 
 def _retrain(

@@ -4,7 +4,7 @@ DIVE compensates with FLAP's bias on `down_proj`, for which no stock mixture has
 here is the bias-free least-squares refit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -150,13 +150,19 @@ class Ridge:
         Writing down' = down[:, keep] + Δ, the ridge problem for Δ has the pruned channels' output P
         as its target.
         """
-        return (column_DW.to(gram_WW) + self.solve(gram_WW, target_DW)).to(column_DW)
+        return (column_DW + self.solver(gram_WW)(target_DW)).to(column_DW)
 
-    def solve(self, gram_WW: Tensor, target_DW: Tensor) -> Tensor:
-        """Return Δ [D, W] with Δ (H Hᵀ + λ I) = target."""
-        lifted_WW = gram_WW.clone()
-        lifted_WW.diagonal().add_(self.penalty * gram_WW.diagonal().mean().clamp_min(1e-30))
-        return torch.linalg.solve(lifted_WW, target_DW.T).T
+    def solver(self, gram_WW: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return what maps targets [D, W] to Δ [D, W] with Δ (H Hᵀ + λ I) = target, in float64."""
+        lifted_WW = gram_WW.double()
+        lift = self.penalty * lifted_WW.diagonal().mean().clamp_min(1e-30)
+        factor_WW = torch.linalg.cholesky(lifted_WW + lift * torch.eye(len(gram_WW)).to(lifted_WW))
+
+        def solve(target_DW: Tensor) -> Tensor:
+            solution_WD = torch.cholesky_solve(target_DW.double().T, factor_WW)
+            return solution_WD.T.to(target_DW.dtype)
+
+        return solve
 
 
 COMPENSATIONS: dict[str, type[Compensation]] = {

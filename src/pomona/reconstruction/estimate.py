@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import count
 from math import prod
 from time import perf_counter
 
@@ -9,7 +10,7 @@ import torch
 
 from pomona.models.dense import DenseFamily, MixtureSizes, container_of
 from pomona.models.placement import Placement
-from pomona.models.weights import SHARD_BYTES, Checkpoint
+from pomona.models.weights import SHARD_BYTES
 from pomona.reconstruction.retraining import Retraining
 from pomona.reconstruction.settings import ReconstructSettings
 
@@ -51,15 +52,18 @@ class Estimate:
 
 
 def estimate(
-    checkpoint: Checkpoint,
+    shapes: Mapping[str, tuple[int, ...]],
     family: DenseFamily,
     settings: ReconstructSettings,
     domains: int,
     placement: Placement,
 ) -> Estimate:
-    """Return the estimate; raises `PomonaError` where the settings do not fit the model."""
-    shapes = {name: checkpoint.shape(name) for name in checkpoint.files}
-    layers = int(checkpoint.config["num_hidden_layers"])
+    """Return the estimate for a dense checkpoint whose tensors have these shapes.
+
+    Raises `PomonaError` where the settings do not fit the model.
+    """
+    down = family.mlp + ".down_proj.weight"
+    layers = next(layer for layer in count() if down.format(layer=layer) not in shapes)
     hidden, channels = shapes[f"{family.mlp.format(layer=0)}.down_proj.weight"]
     dense = sum(prod(shape) for shape in shapes.values())
     sizes = settings.sizes(channels)
@@ -68,7 +72,7 @@ def estimate(
     router = hidden * settings.experts if settings.experts > 1 else 0
     total = rest + layers * (3 * hidden * (settings.experts * width + shared) + router)
     active = rest + layers * (3 * hidden * (settings.active * width + shared) + router)
-    embedding = _embedding(shapes, checkpoint)
+    embedding = _embedding(shapes)
     work = _work(settings, domains, 2 * (dense - embedding), 2 * (active - embedding))
     return Estimate(
         container_of(family, sizes).name,
@@ -87,9 +91,9 @@ def estimate(
     )
 
 
-def _embedding(shapes: dict[str, tuple[int, ...]], checkpoint: Checkpoint) -> int:
+def _embedding(shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Return the parameters that are looked up and not multiplied: none where the head uses them."""
-    tied = "lm_head.weight" not in checkpoint.files
+    tied = "lm_head.weight" not in shapes
     return 0 if tied else prod(shapes["model.embed_tokens.weight"])
 
 
@@ -113,7 +117,9 @@ def _assembling(
         return dense + at_once * 8 * width * (width + hidden) + 2 * SHARD_BYTES
     many = settings.experts if settings.active > 1 else 1
     rounds = settings.specialise.rounds > 0
-    joint = 8 * settings.experts * width * (many * width + 2 * hidden) if rounds else 0
+    pairs = settings.experts * (many + 1) // 2  # float32 each, and as many columns in float32 again
+    joint = 4 * width * (pairs * width + 4 * settings.experts * hidden) if rounds else 0
+    joint += 8 * settings.experts * width * width * rounds  # the solvers
     inputs = size * hidden * max(settings.specialise.tokens * rounds, 4096 * settings.experts)
     experts = size * settings.experts * width * hidden
     sums = at_once * 8 * width * (width + hidden)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pomona.errors import PomonaError
-from pomona.reconstruction.compensate import Refit, Ridge, zeros64
+from pomona.reconstruction.compensate import Refit, Ridge
 from pomona.reconstruction.ffn import DenseModel
 from pomona.reconstruction.outputs import output_moments, routed_targets
 from pomona.reconstruction.plan import ExpertPlan
@@ -133,19 +133,22 @@ def joint_columns(
     Block coordinate descent on min ‖Σ_e w_e E_e(x) − target‖² with `ridge`'s penalty, which pulls an
     expert towards its dense columns, times what `dense_share` says.
     """
-    keep_EW, down_DF = plan.keep_LEW[layer], dense.down_DF(layer).double()
+    keep_EW, down_DF = plan.keep_LEW[layer], dense.down_DF(layer).float()
     share_EF = dense_share(keep_EW, weight_NE > 0, dense.channels).to(down_DF)
     prior = [
         down_DF[:, keep_W] * share_F[keep_W]
         for keep_W, share_F in zip(keep_EW, share_EF, strict=True)
     ]
     grams, left = _joint_equations(dense, plan, layer, x_ND, weight_NE, prior)
+    solve = [ridge.solver(grams[expert, expert]) for expert in range(len(prior))]
     change = [torch.zeros_like(own_DW) for own_DW in prior]
     for _ in range(sweeps if plan.active > 1 else 1):
-        for expert, own_DW in enumerate(change):
+        for expert, left_DW in enumerate(left):
             others = [p for p in range(len(prior)) if p != expert and (p, expert) in grams]
-            taken_DW = sum((change[p] @ grams[p, expert] for p in others), torch.zeros_like(own_DW))
-            change[expert] = ridge.solve(grams[expert, expert], left[expert] - taken_DW)
+            taken_DW = sum(
+                (change[p] @ grams[p, expert] for p in others), torch.zeros_like(left_DW)
+            )
+            change[expert] = solve[expert](left_DW - taken_DW)
     return [(own + more).to(dense.model.dtype) for own, more in zip(prior, change, strict=True)]
 
 
@@ -177,11 +180,11 @@ def _joint_equations(
     """Return {(e, p): H_eᵀ H_p [W, W]} of experts that serve a token together, and leftᵀ H_e [D, W].
 
     H_e are the activations of expert e's channels times its routing weights, left is what the `prior`
-    columns of all leave of the target.
+    columns of all leave of the target. In float32: of some thousand tokens, and there are E² / 2 of them.
     """
     _, experts, width = plan.keep_LEW.shape
-    grams = {(e, e): zeros64(width, width, x_ND.device) for e in range(experts)}
-    left = [zeros64(dense.hidden, width, x_ND.device) for _ in range(experts)]
+    grams = {(e, e): torch.zeros(width, width, device=x_ND.device) for e in range(experts)}
+    left = [torch.zeros(dense.hidden, width, device=x_ND.device) for _ in range(experts)]
     for rows, activation_nF, target_nD in routed_targets(dense, plan, layer, x_ND):
         weight_nE = weight_NE[rows]
         place_nE = (weight_nE > 0).cumsum(0) - 1  # of a token among those of an expert
@@ -191,13 +194,13 @@ def _joint_equations(
             keep_W = plan.keep_LEW[layer, e].to(own_n.device)
             own_nW = activation_nF[own_n.unsqueeze(1), keep_W] * weight_nE[own_n, e : e + 1]
             grams[e, e] += own_nW.T @ own_nW
-            target_nD[own_n] -= own_nW @ prior[e].T.to(own_nW)
+            target_nD[own_n] -= own_nW @ prior[e].T
             for p, other_nW in enumerate(inputs):
                 both_n = weight_nE[own_n, p] > 0
                 if both_n.any():
                     other_nW = other_nW[place_nE[own_n[both_n], p]]
                     if (p, e) not in grams:
-                        grams[p, e] = zeros64(width, width, x_ND.device)
+                        grams[p, e] = torch.zeros(width, width, device=x_ND.device)
                     grams[p, e] += other_nW.T @ own_nW[both_n]
             inputs.append(own_nW)
         for e, own_nW in enumerate(inputs):
