@@ -8,22 +8,29 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 WORKERS ?= 2
 
-.PHONY: demo test test-slow real demo-seeds reconstruct check format lint types layers clean
+.PHONY: demo test test-slow interop real demo-seeds reconstruct memory check format lint types layers clean
 
 demo: $(STAMP)
 	$(BIN)/pomona demo
 
 test: $(STAMP)
-	$(BIN)/pytest -n $(WORKERS) --dist loadscope -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist loadscope -m "not slow and not interop" $(PYTEST_ARGS)
 
 test-slow: $(STAMP)
 	$(BIN)/pytest -m slow $(PYTEST_ARGS)
+
+interop: $(STAMP)
+	$(BIN)/python scripts/fetch_llama_cpp.py
+	$(BIN)/pytest -m interop tests/interop $(PYTEST_ARGS)
 
 real: $(STAMP)
 	$(BIN)/python benchmarks/real.py
 
 reconstruct: $(STAMP)
 	$(BIN)/python benchmarks/reconstruct.py
+
+memory: $(STAMP)
+	$(BIN)/python benchmarks/memory.py
 
 demo-seeds: $(STAMP)
 	$(BIN)/python benchmarks/demo.py
