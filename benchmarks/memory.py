@@ -1,9 +1,9 @@
 """A checkpoint larger than the memory it is reconstructed in.
 
-    python benchmarks/memory.py [--gigabytes 8] [--out runs/memory] [--json PATH]
+    python benchmarks/memory.py [--gigabytes 4] [--out runs/memory] [--json PATH]
 
 Writes a randomly initialised Llama of that size (bfloat16), reconstructs it with `pomona reconstruct
---offload --layers-at-once 2` in a process of its own and compares that process's largest resident set with
+--offload --layers-at-once 32` in a process of its own and compares that process's largest resident set with
 the checkpoint's size; then tells, from shapes alone, what a model of 8 B and one of 70 B would need.
 Needs two to three times the size on disk, and the tokenizer of `rootstock-3m` (POMONA_MODELS).
 """
@@ -30,13 +30,19 @@ from pomona.files import write_text
 from pomona.models.dense import DENSE_FAMILIES
 from pomona.models.placement import Placement
 from pomona.models.weights import Checkpoint, write_sharded
+from pomona.recipe import dump
+from pomona.recipe.reconstruct import ReconstructRecipe
 from pomona.reconstruct import ReconstructSettings
 from pomona.reconstruction.estimate import estimate
+from pomona.reconstruction.specialise import Specialise
 
-AT_ONCE = 2
+AT_ONCE = 32
+SETTINGS = ReconstructSettings(
+    windows=2, length=16, affinity="scores", specialise=Specialise(rounds=1, sweeps=1)
+)
 WIDE = {
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
     "num_attention_heads": 16,
     "num_key_value_heads": 4,
 }
@@ -59,7 +65,7 @@ LLAMA_70B = LlamaConfig(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--gigabytes", type=float, default=8.0, help="of the dense checkpoint")
+    parser.add_argument("--gigabytes", type=float, default=4.0, help="of the dense checkpoint")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "memory")
     parser.add_argument(
         "--json", type=Path, default=ROOT / "benchmarks" / "results" / "memory.json"
@@ -90,12 +96,11 @@ def main() -> None:
 
 
 def _command(out: Path) -> list[str]:
-    settings = ["windows = 2", "affinity_windows = 2", "length = 64", 'affinity = "scores"']
-    (out / "recipe.toml").write_text("\n".join(["[settings]", *settings]) + "\n")
-    given = [out / "dense", "--domains", out / "domains", "--out", out / "mixture", "--offload"]
-    recipe = ["--recipe", out / "recipe.toml", "--layers-at-once", AT_ONCE]
+    recipe = ReconstructRecipe(str(out / "dense"), out / "domains", settings=SETTINGS)
+    (out / "recipe.toml").write_text(dump(recipe), encoding="utf-8")
+    given = ["--recipe", out / "recipe.toml", "--out", out / "mixture", "--offload"]
     program = [sys.executable, "-m", "pomona", "reconstruct"]
-    return [*program, *map(str, (*given, *recipe))]
+    return [*program, *map(str, given), "--layers-at-once", str(AT_ONCE)]
 
 
 def _write_dense(folder: Path, gigabytes: float) -> int:
@@ -154,9 +159,8 @@ def _write_domains(folder: Path) -> None:
 def _estimated(dense: Path) -> int:
     checkpoint = Checkpoint.open(dense)
     shapes = {name: checkpoint.shape(name) for name in checkpoint.files}
-    settings = ReconstructSettings(windows=2, length=64, affinity="scores")
     family, placement = DENSE_FAMILIES["llama"], Placement(offload=True, layers=AT_ONCE)
-    return estimate(shapes, family, settings, 8, placement).peak_bytes
+    return estimate(shapes, family, SETTINGS, 8, placement).peak_bytes
 
 
 def _on_paper() -> Iterator[dict[str, object]]:

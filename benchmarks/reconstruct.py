@@ -98,6 +98,8 @@ def main() -> None:
         for seed in seeds if active == 1 else seeds[::-1]:  # two processes meet in the middle
             for name, settings in methods(active, tokens).items():
                 found.setdefault(name, []).append(_one(options.out, replace(settings, seed=seed)))
+        for runs in found.values():
+            runs.sort(key=lambda run: run.get("settings", {}).get("seed", 0))
         rows[setting] = [_row(name, runs) for name, runs in found.items()]
         for opponent in (FLAP, FAITHFUL, "static, our compensation and retraining"):
             bars += _bars(setting, found, opponent)

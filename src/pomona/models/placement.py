@@ -1,5 +1,6 @@
 """Where a model's weights lie while it is used: all on one device, or on disk until a layer's turn."""
 
+import logging
 import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -59,6 +60,7 @@ def placed(
     block = family.mlp.rpartition(".")[0]
     device_map = dict.fromkeys(family.ends, str(device))
     device_map |= {block.format(layer=layer): "disk" for layer in layers}
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it was asked for
     with tempfile.TemporaryDirectory() as spare:  # stays empty: safetensors are read where they are
         yield load_model(
             checkpoint.folder, dtype, {"device_map": device_map, "offload_folder": spare}

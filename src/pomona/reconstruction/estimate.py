@@ -120,7 +120,9 @@ def _assembling(
     pairs = settings.experts * (many + 1) // 2  # float32 each, and as many columns in float32 again
     joint = 4 * width * (pairs * width + 4 * settings.experts * hidden) if rounds else 0
     joint += 8 * settings.experts * width * width * rounds  # the solvers
-    inputs = size * hidden * max(settings.specialise.tokens * rounds, 4096 * settings.experts)
+    drawn = settings.experts * settings.windows * settings.length
+    tokens = max(settings.specialise.tokens * rounds, 4096 * settings.experts)
+    inputs = size * hidden * min(tokens, drawn)
     experts = size * settings.experts * width * hidden
     sums = at_once * 8 * width * (width + hidden)
     shard = 2 * min(SHARD_BYTES, 2 * layers * 3 * hidden * settings.experts * width)

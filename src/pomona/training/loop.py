@@ -127,8 +127,8 @@ def _restore(engine: torch.optim.AdamW, parameters: Sequence[Tensor], moments: M
     for parameter, first, second in zip(parameters, moments.first, moments.second, strict=True):
         engine.state[parameter] = {
             "step": torch.tensor(float(moments.step)),
-            "exp_avg": first.clone(),
-            "exp_avg_sq": second.clone(),
+            "exp_avg": first.to(parameter.device, copy=True),
+            "exp_avg_sq": second.to(parameter.device, copy=True),
         }
 
 
