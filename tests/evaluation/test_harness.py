@@ -10,8 +10,10 @@ import torch
 from conftest import word_text
 
 from pomona.artifacts.graft_format import write_graft
+from pomona.artifacts.origin import origin_of, origin_of_graft
 from pomona.artifacts.personal import PersonalModel, open_personal
 from pomona.data.questions import read_questions
+from pomona.data.templates import Alpaca
 from pomona.errors import PomonaError
 from pomona.evaluate import on_tasks
 from pomona.evaluation.tasks import LOCAL, TaskResults
@@ -89,7 +91,9 @@ def test_the_personal_model_is_what_is_measured(moe_dir, questions, tmp_path):
     for name, value in grafted.items():
         if value.is_floating_point():
             grafted[name] = torch.randn(value.shape, generator=generator)
-    write_graft(tmp_path / "graft", Graft(rank=2), grafted, str(moe_dir))
+    origin = origin_of(base, str(moe_dir), Alpaca(), 96)
+    told = origin_of_graft(origin, base, grafted)
+    write_graft(tmp_path / "graft", Graft(rank=2), grafted, told)
     personal = PersonalModel(str(moe_dir), graft=tmp_path / "graft")
     (own,) = on_tasks(personal, ["multiple_choice"], questions, limit=0).tasks.values()
     opened, state = open_personal(personal)

@@ -45,9 +45,14 @@ class Workspace:
                 f"{path} holds the unfinished reconstruction of other settings; give those again to "
                 "go on with it, remove it to start anew, or choose another --out"
             )
+        work = cls(path, lock)
         if not begun or not known.is_file():
-            write_json(known, identity)
-        return cls(path, lock)
+            try:
+                write_json(known, identity)
+            except BaseException:
+                work.__exit__()
+                raise
+        return work
 
     def __enter__(self) -> Self:
         return self
