@@ -4,23 +4,22 @@ DIVE (arXiv 2506.09351), sections 3.1 to 3.4: calibrate → score → affinity �
 compensate → route → assemble → retrain.
 """
 
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from math import prod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pomona.artifacts.model_card import mixture_card
-from pomona.artifacts.reconstruction_records import read_records, write_records
+from pomona.artifacts.mixture import write_mixture, write_retrained
+from pomona.artifacts.reconstruction_records import read_records
 from pomona.artifacts.workspace import Workspace
 from pomona.data.texts import consecutive_windows, digest, sample_windows
 from pomona.errors import PomonaError
-from pomona.files import atomic_folder, cannot_write, write_json, write_text
-from pomona.models.dense import DenseFamily, container_of, dense_family
+from pomona.files import cannot_write
+from pomona.models.dense import container_of, dense_family
 from pomona.models.experts import find_expert_sites, freeze
+from pomona.models.fingerprint import checkpoint_digests
 from pomona.models.loading import (
     checkpoint_folder,
     context_length,
@@ -28,38 +27,24 @@ from pomona.models.loading import (
     load_tokenizer,
 )
 from pomona.models.placement import Placement, moved, placed
-from pomona.models.weights import Checkpoint, write_sharded
+from pomona.models.weights import Checkpoint
 from pomona.progress import Progress, silent
 from pomona.reconstruction.affinity import DomainAffinity, perplexity_affinity, score_affinity
-from pomona.reconstruction.assemble import mixture_tensors
 from pomona.reconstruction.calibrate import ChannelStats, calibrate
 from pomona.reconstruction.cluster import Clusters, cluster, random_groups, refine
 from pomona.reconstruction.estimate import Estimate, estimate
 from pomona.reconstruction.experts import layer_experts
 from pomona.reconstruction.ffn import DenseModel, dense_model, mean_hidden
-from pomona.reconstruction.plan import ExpertPlan
 from pomona.reconstruction.planners import Calibration
 from pomona.reconstruction.result import Reconstruction
 from pomona.reconstruction.retraining import Retraining, StageState, retrain
 from pomona.reconstruction.scores import score_layers
 from pomona.reconstruction.settings import ReconstructSettings
-from pomona.reconstruction.specialise import LayerExperts
 from pomona.shapes import Tokens
 
 __all__ = ["Estimate", "ReconstructSettings", "Reconstruction", "preview", "reconstruct"]
 
 _HERE = Placement()
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "generation_config.json",
-)
 
 
 @dataclass(frozen=True)
@@ -94,7 +79,12 @@ def reconstruct(
     _check_fits(checkpoint, settings)
     documents = [document for own in domains.values() for document in own]
     documents = list(text) if text is not None else documents
-    identity = {"model": str(model), "settings": settings.to_json(), "text": digest(documents)}
+    identity = {
+        "weights": checkpoint_digests(checkpoint.folder),
+        "domains": {name: digest(own) for name, own in domains.items()},
+        "text": digest(documents),
+        "settings": settings.to_json(),
+    }
     with Workspace.open(out, identity) as work:
         if settings.retrain is None:
             made = _assemble(str(model), checkpoint, domains, out, settings, progress, placement)
@@ -157,12 +147,8 @@ def _retrain(
 
     retrain(student, sites, teacher, windows_BT, how, settings.seed, resume, after, progress)
     made = read_records(work.mixture / "reconstruction", out)
-    with atomic_folder(out) as partial:
-        moved(student, getattr(torch, stored or how.dtype)).save_pretrained(partial)
-        for kept in (*_TOKENIZER_FILES, "reconstruction"):
-            _copy(work.mixture / kept, partial / kept)
-        write_json(partial / "reconstruction" / "retraining.json", {"losses": history})
-        write_text(partial / "README.md", mixture_card(str(model), made, settings))
+    moved(student, getattr(torch, stored or how.dtype))
+    write_retrained(out, student, work.mixture, str(model), made, settings, history)
     return made
 
 
@@ -190,65 +176,9 @@ def _assemble(
         shares = [_share(calibration.windows, group) for group in plan.groups]
         at_once = placement.layers or len(dense.ffns)
         experts = layer_experts(dense, shares, plan, settings, at_once, progress)
-        return _write(model, checkpoint, family, plan, groups, experts, out, settings)
-
-
-def _write(
-    model: str,
-    checkpoint: Checkpoint,
-    family: DenseFamily,
-    plan: ExpertPlan,
-    groups: _Groups,
-    experts: Iterable[LayerExperts],
-    out: Path,
-    settings: ReconstructSettings,
-) -> Reconstruction:
-    """Write the checkpoint while its layers are made, then what is known of it."""
-    sizes = settings.sizes(plan.channels)
-    container = container_of(family, sizes)
-    counted, kept = _Counted(), list[Tensor]()
-    noted = _noting(experts, kept)
-    with atomic_folder(out) as partial:
-        tensors = mixture_tensors(checkpoint, family, container, sizes, plan.shared_LS, noted)
-        write_sharded(partial, counted.passing(tensors))
-        write_json(partial / "config.json", container.config(checkpoint.config, sizes))
-        for name in _TOKENIZER_FILES:
-            _copy(checkpoint.folder / name, partial / name)
-        hidden = checkpoint.shape(f"{family.mlp.format(layer=0)}.down_proj.weight")[0]
-        idle = (sizes.experts - sizes.active) * 3 * sizes.width * hidden
-        made = Reconstruction(
-            out,
-            container.name,
-            sizes,
-            replace(plan, keep_LEW=torch.stack(kept)),
-            groups.affinity,
-            groups.clusters,
-            counted.parameters,
-            counted.parameters - idle * len(kept),
-            sum(prod(checkpoint.shape(name)) for name in checkpoint.files),
+        return write_mixture(
+            out, model, checkpoint, plan, experts, groups.affinity, groups.clusters, settings
         )
-        write_records(partial / "reconstruction", made, settings)
-        write_text(partial / "README.md", mixture_card(model, made, settings))
-    return made
-
-
-def _noting(experts: Iterable[LayerExperts], kept: list[Tensor]) -> Iterator[LayerExperts]:
-    """Note which channels the experts keep as they stream by."""
-    for layer in experts:
-        kept.append(layer.keep_EW)
-        yield layer
-
-
-class _Counted:
-    """Counts parameters as they stream by."""
-
-    def __init__(self) -> None:
-        self.parameters = 0
-
-    def passing(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in tensors:
-            self.parameters += tensor.numel()
-            yield name, tensor
 
 
 def _calibrate(
@@ -330,14 +260,6 @@ def _share(windows: Mapping[str, Tensor], group: Sequence[str]) -> Tensor:
     """
     each = max(1, min(len(windows[domain]) for domain in group) // len(group))
     return torch.stack([windows[domain][:each] for domain in group], dim=1).flatten(0, 1)
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Copy a file or folder, if it is there."""
-    if source.is_dir():
-        shutil.copytree(source, target)
-    elif source.is_file():
-        shutil.copyfile(source, target)
 
 
 def _check_out(out: Path) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from conftest import save_model
 from families import FAMILIES
 from laws.test_reconstruction_laws import DOMAINS, SMALL, logits_of
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as fn
 from transformers import AutoModelForCausalLM
 
@@ -257,6 +258,39 @@ def test_interrupted_retraining_goes_on_to_the_same_bytes(dense_dir, tmp_path, m
     assert "calibrating" not in again
     for name in ("model.safetensors", "config.json", "reconstruction/retraining.json"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def _halted(dense, domains, out, settings):
+    """Leave an interrupted reconstruction at `out`."""
+
+    def progress(stage, *_):
+        if stage.startswith("retraining"):
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        reconstruct(dense, domains, out, settings, progress)
+
+
+def test_it_goes_on_from_the_same_domains_only(dense_dir, tmp_path):
+    settings = replace(SMALL, retrain=SHORT)
+    _halted(dense_dir, DOMAINS, tmp_path / "out", settings)
+    name = next(iter(DOMAINS))
+    other = {**DOMAINS, name: [*DOMAINS[name], "one sentence more"]}
+    with pytest.raises(PomonaError, match="unfinished reconstruction of other domains"):
+        reconstruct(dense_dir, other, tmp_path / "out", settings)
+    with pytest.raises(PomonaError, match="unfinished reconstruction of other text"):
+        reconstruct(dense_dir, DOMAINS, tmp_path / "out", settings, text=["something else"] * 200)
+
+
+def test_it_goes_on_from_the_same_weights_only(dense_dir, tmp_path):
+    settings = replace(SMALL, retrain=SHORT)
+    dense = tmp_path / "dense"
+    shutil.copytree(dense_dir, dense)
+    _halted(dense, DOMAINS, tmp_path / "out", settings)
+    weights = load_file(dense / "model.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in weights.items()}, dense / "model.safetensors")
+    with pytest.raises(PomonaError, match="unfinished reconstruction of other weights"):
+        reconstruct(dense, DOMAINS, tmp_path / "out", settings)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -103,7 +103,7 @@ def test_energy_is_summed_over_the_tokens_two_experts_serve(dense, x, active):
     plan, serves = plan_of(dense, active), weights_of(x, active) > 0
     h, _ = whole(dense, plan, x)
     energy = h.square() * dense.down_DF(1).double().square().sum(0)
-    found = shared_energy(dense, plan, 1, x, serves)
+    found = shared_energy(dense, 1, x, serves)
     for e in range(EXPERTS):
         for p in range(EXPERTS):
             expected = energy[serves[:, e] & serves[:, p]].sum(0)

@@ -26,7 +26,7 @@ class Workspace:
 
     @classmethod
     def open(cls, out: Path, identity: Mapping[str, Any]) -> Self:
-        """Open the workspace of `out` for the reconstruction that `identity` describes.
+        """Open the workspace of `out` for the reconstruction that `identity`, JSON, describes.
 
         Raises `PomonaError` when it belongs to another one or is in use.
         """
@@ -37,16 +37,19 @@ class Workspace:
         except OSError as error:
             raise cannot_write(path, error) from error
         hold(lock, path)
-        known = path / "settings.json"
-        begun = (path / "mixture").is_dir()
-        if begun and known.is_file() and read_object(known) != identity:
+        known = path / "began.json"
+        begun = (path / "mixture").is_dir() and known.is_file()
+        before = read_object(known) if begun else {}
+        other = [key for key in identity if begun and before.get(key) != identity[key]]
+        if other:
             os.close(lock)
             raise PomonaError(
-                f"{path} holds the unfinished reconstruction of other settings; give those again to "
+                f"{path} holds the unfinished reconstruction of other {other[0]}; give those again to "
                 "go on with it, remove it to start anew, or choose another --out"
             )
         work = cls(path, lock)
-        if not begun or not known.is_file():
+        if not begun:
+            shutil.rmtree(work.mixture, ignore_errors=True)  # nobody knows of what
             try:
                 write_json(known, identity)
             except BaseException:

@@ -23,7 +23,7 @@ class Placement:
 
     With `offload` a layer's weights are read from the checkpoint when it is used and dropped again, so
     that a model larger than memory runs. `layers` are how many layers' sums and experts are held at once
-    while a mixture is made, 0 for all. No result depends on either.
+    while a mixture is made, 0 for all. On one device no result depends on these two.
     """
 
     device: str = "auto"

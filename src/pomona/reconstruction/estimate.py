@@ -139,7 +139,10 @@ def _retraining(how: Retraining | None, dense: int, total: int) -> int:
 
 
 def _work(settings: ReconstructSettings, domains: int, dense_flops: int, flops: int) -> int:
-    """Return the FLOPs of calibration, affinity, compensation, routing and retraining."""
+    """Return the FLOPs of the passes for calibration, affinity, compensation and retraining.
+
+    The fits of routers and columns, and repeated passes for few layers at once, come on top.
+    """
     tokens = settings.windows * settings.length
     passes = domains * tokens + settings.experts * tokens  # calibrate; compensate
     if settings.affinity == "perplexity" and settings.grouping == "affinity":

@@ -33,6 +33,7 @@ def layer_experts(
         refits = _compensate(dense, windows, plan, settings, layers, progress)
         made = _route(dense, windows, plan, settings, layers, refits, progress)
         yield from _specialise(dense, windows, plan, settings, layers, made, progress)
+        del refits, made  # before the next ones are made
     progress("experts", count, count)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pomona.errors import PomonaError
 from pomona.reconstruction.compensate import Refit, Ridge
-from pomona.reconstruction.ffn import DenseModel
+from pomona.reconstruction.ffn import DenseModel, through_ffn
 from pomona.reconstruction.outputs import output_moments, routed_targets
 from pomona.reconstruction.plan import ExpertPlan
 from pomona.reconstruction.router import Fitted, routing_weights
@@ -63,7 +63,7 @@ class Specialise:
         made = start
         for _ in range(self.rounds):
             weight_NE = routing_weights(x_ND.float() @ made.router_ED.T, plan.active)
-            energy_EEF = shared_energy(dense, plan, layer, x_ND, weight_NE > 0)
+            energy_EEF = shared_energy(dense, layer, x_ND, weight_NE > 0)
             keep_EW = deal_channels(energy_EEF, made.keep_EW, plan.shared_LS[layer])
             plan = with_channels(plan, layer, keep_EW)
             columns = joint_columns(dense, plan, layer, x_ND, weight_NE, ridge, self.sweeps)
@@ -81,7 +81,7 @@ def with_channels(plan: ExpertPlan, layer: int, keep_EW: Tensor) -> ExpertPlan:
 
 
 def shared_energy(
-    dense: DenseModel, plan: ExpertPlan, layer: int, x_ND: Hidden, serves_NE: Tensor
+    dense: DenseModel, layer: int, x_ND: Hidden, serves_NE: Tensor
 ) -> Float[Tensor, "E E F"]:
     """Return Σ (activation · ‖down column‖)² of every channel over the tokens that two experts both serve.
 
@@ -90,8 +90,8 @@ def shared_energy(
     norm_F = dense.down_DF(layer).float().square().sum(0)
     experts = serves_NE.shape[1]
     energy_EEF = torch.zeros(experts, experts, dense.channels, dtype=torch.float64)
-    for rows, activation_nF, _target_nD in routed_targets(dense, plan, layer, x_ND):
-        energy_nF = activation_nF.square() * norm_F
+    for rows, activation_nF, _y_nD in through_ffn(dense, layer, x_ND):
+        energy_nF = activation_nF.float().square() * norm_F
         serves_nE = serves_NE[rows].to(energy_nF.dtype)
         for expert, own_n in enumerate(serves_NE[rows].T):
             energy_EEF[expert] += (serves_nE[own_n].T @ energy_nF[own_n]).double().cpu()
