@@ -15,7 +15,9 @@ import json
 import os
 import resource
 import shutil
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from time import monotonic
 
@@ -63,8 +65,8 @@ def methods(active: int, tokens: int) -> dict[str, ReconstructSettings]:
         experts=replace(lora, tokens=tokens - tokens // 10),
     )
     static = replace(common, experts=1, active=1, keep=0.5, grouping="all")
+    default = replace(common, retrain=Retraining(experts=ExpertStage(tokens=tokens)))
     full = ExpertStage(tokens=tokens, learning_rate=5e-4, experts="full")
-    distilled = replace(common, retrain=Retraining(experts=full))
     for_one = Retraining(experts=replace(full, learning_rate=1e-3))  # better for a single FFN
     return {
         FLAP: replace(static, compensation=Bias()),
@@ -78,9 +80,10 @@ def methods(active: int, tokens: int) -> dict[str, ReconstructSettings]:
         "copies": replace(dealt, grouping="all"),
         "DIVE without affinity": replace(dealt, grouping="random", retrain=staged),
         FAITHFUL: replace(dealt, retrain=staged),
-        POMONA: distilled,
+        POMONA: default,
+        "Pomona, experts trained in full": replace(common, retrain=Retraining(experts=full)),
         "Pomona, half of the active channels shared": replace(
-            distilled, keep=0.25 / active, planner=TopChannels(shared=0.25)
+            default, keep=0.25 / active, planner=TopChannels(shared=0.25)
         ),
     }
 
@@ -98,6 +101,8 @@ def main() -> None:
         for seed in seeds if active == 1 else seeds[::-1]:  # two processes meet in the middle
             for name, settings in methods(active, tokens).items():
                 found.setdefault(name, []).append(_one(options.out, replace(settings, seed=seed)))
+        for name, settings in methods(active, tokens).items():
+            found[name][0]["peak_bytes"] = _peak(options.out, settings)
         for runs in found.values():
             runs.sort(key=lambda run: run.get("settings", {}).get("seed", 0))
         rows[setting] = [_row(name, runs) for name, runs in found.items()]
@@ -112,6 +117,7 @@ def main() -> None:
             "total",
             "active",
             "seconds",
+            "peak GiB",
         ]
         print_table(setting, columns, [_shown(row) for row in rows[setting]])
     if options.active is None:
@@ -168,12 +174,35 @@ def _one(out: Path, settings: ReconstructSettings) -> dict:
             "total": result.total_parameters,
             "active": result.active_parameters,
             "seconds": seconds,
-            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             **_measured(made),
         },
     )
     shutil.rmtree(made)
     return read_object(path)
+
+
+def _peak(out: Path, settings: ReconstructSettings) -> int:
+    """Return the largest resident set of a process that does nothing but this, with a few steps of training.
+
+    More steps need no more memory.
+    """
+    path = out / f"{_key(settings)}.peak.json"
+    if not path.exists():
+        with ProcessPoolExecutor(1, get_context("spawn")) as child:
+            write_json(path, {"bytes": child.submit(_peak_of, out / "peak", settings).result()})
+    return read_object(path)["bytes"]
+
+
+def _peak_of(made: Path, settings: ReconstructSettings) -> int:
+    how = settings.retrain
+    assert how is not None
+    few = 3 * how.length * how.batch
+    router = replace(how.router, tokens=min(few, how.router.tokens))
+    how = replace(how, router=router, experts=replace(how.experts, tokens=few))
+    shutil.rmtree(made, ignore_errors=True)
+    reconstruct(_model(), read_domains(_data()), made, replace(settings, retrain=how))
+    shutil.rmtree(made)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _key(settings: ReconstructSettings) -> str:
@@ -219,7 +248,7 @@ def _row(name: str, runs: list[dict]) -> dict[str, object]:
         "total": runs[0]["total"],
         "active": runs[0]["active"],
         "seconds": [run["seconds"] for run in runs],
-        "peak_bytes": [run.get("peak_bytes") for run in runs],
+        "peak_bytes": runs[0].get("peak_bytes"),
     }
 
 
@@ -286,6 +315,7 @@ def _shown(row: dict) -> list[str]:
         f"{row['total']:,}",
         f"{row['active']:,}",
         f"{seconds:.0f}",
+        f"{row['peak_bytes'] / 2**30:.2f}" if row["peak_bytes"] else "",
     ]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pomona.data.records import read_records, read_utf8, text_field
@@ -14,6 +15,7 @@ from pomona.errors import PomonaError
 from pomona.seeds import numpy_generator
 from pomona.shapes import Tokens
 
+_AT_ONCE = 1000  # documents that are encoded together
 _HELD_OUT = (".valid.", ".test.")
 
 # Data in another form, which as plain text would be measured with all its brackets and quotes.
@@ -118,12 +120,19 @@ def consecutive_windows(
     """Return non-overlapping windows of all texts in a row, [n, length], at most `limit` (0: all).
 
     A rest shorter than a window is left out; text shorter than one window gives a single short one.
+    Tokens take four bytes each, and no more text is encoded than the limit needs.
     """
-    joined = [token for document in encode_texts(texts, tokenizer) for token in document]
-    length = max(1, min(length, len(joined)))
-    whole = len(joined) // length
-    windows_BT = torch.tensor(joined[: whole * length]).view(whole, length)
-    return windows_BT[: limit or None]
+    parts: list[Tensor] = []
+    found = 0
+    for start in range(0, len(texts), _AT_ONCE):
+        own = encode_texts(texts[start : start + _AT_ONCE], tokenizer)
+        parts.append(torch.tensor([t for tokens in own for t in tokens], dtype=torch.int32))
+        found += len(parts[-1])
+        if limit and found >= limit * length:
+            break
+    length = max(1, min(length, found))
+    whole = min(found // length, limit or found)
+    return torch.cat(parts)[: whole * length].view(whole, length)
 
 
 def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -61,7 +61,8 @@ def window_losses(
     """Return every window's loss over its predicted tokens: all but the first."""
     losses: list[RowLoss] = []
     device = cast(Tensor, cast(PreTrainedModel, model).get_input_embeddings().weight).device
-    for input_ids_BT in windows_BT.to(device).split(batch_size):
+    for short_BT in windows_BT.to(device).split(batch_size):
+        input_ids_BT = short_BT.long()
         logits = model(input_ids=input_ids_BT, use_cache=False).logits[:, :-1]
         target_BT = input_ids_BT[:, 1:]
         nats_BT = fn.cross_entropy(logits.mT.float(), target_BT, reduction="none")
