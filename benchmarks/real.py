@@ -24,7 +24,8 @@ from pomona.artifacts.table import load_runs
 from pomona.cli.console import console, print_comparison, progress_bars
 from pomona.data.texts import read_domains
 from pomona.evaluate import on_text
-from pomona.federate import FederateSettings, federate
+from pomona.federate import federate
+from pomona.federation.settings import FederateSettings
 from pomona.progress import titled
 from pomona.recipe import dump, read_recipe
 from pomona.reconstruct import ReconstructSettings, reconstruct

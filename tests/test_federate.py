@@ -18,12 +18,13 @@ from pomona.artifacts import run as run_module
 from pomona.artifacts.graft_format import read_graft
 from pomona.artifacts.run import RunDirectory
 from pomona.errors import PomonaError
-from pomona.federate import FederateSettings, federate
+from pomona.federate import federate
 from pomona.federation.clients import ClientData
 from pomona.federation.graft import Graft
 from pomona.federation.local import LocalTraining
 from pomona.federation.measure import Evaluation
 from pomona.federation.partition import Dirichlet
+from pomona.federation.settings import FederateSettings
 from pomona.federation.strategies import FedAvg, FedProx, LocalOnly
 from pomona.models.lora import LoRA
 from pomona.recipe import dump

@@ -4,11 +4,11 @@ FLEx (arXiv 2506.00965): graft once → rounds of {sample → train a cohort →
 results. The in-process engine: the sampled clients of a cohort train in one batch.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import isfinite
 from time import monotonic
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -18,54 +18,31 @@ from pomona.artifacts.origin import origin_of, origin_of_graft
 from pomona.artifacts.results import assemble_results
 from pomona.artifacts.run import RunDirectory, Snapshot
 from pomona.data.examples import Example, collate, encode, padding_id
-from pomona.data.templates import Alpaca, Template
 from pomona.errors import PomonaError
-from pomona.federation.clients import ClientData, ClientRows
+from pomona.federation.clients import ClientRows
 from pomona.federation.cohort import FrozenBase
 from pomona.federation.graft import Graft
-from pomona.federation.local import LocalTraining, Task, train_cohort
-from pomona.federation.measure import Evaluation, answers_of, loss_summary, losses_of, routing_of
-from pomona.federation.sampling import participants
-from pomona.federation.strategies import FedAvg, Strategy
-from pomona.federation.update import ClientState, Update, join, split
+from pomona.federation.local import Trained, train_cohort
+from pomona.federation.measure import answers_of, loss_summary, losses_of, routing_of
+from pomona.federation.sampling import participants, survivors
+from pomona.federation.settings import FederateSettings, Finish
+from pomona.federation.stage import Task
+from pomona.federation.strategies import (
+    Corrects,
+    LocalOnly,
+    ServerState,
+    SharedFixed,
+    Strategy,
+    frozen_part,
+)
+from pomona.federation.update import ClientState, Update, join, split, within
 from pomona.models.experts import ExpertSite, expert_sites_if_any, find_expert_sites, freeze
 from pomona.models.loading import context_length, load_model, load_tokenizer
-from pomona.models.lora import LoRA
+from pomona.models.peft_format import read_adapter
 from pomona.progress import Progress, silent
 from pomona.seeds import seed_of
 
-
-@dataclass(frozen=True)
-class FederateSettings:
-    """A federation, whole: what a recipe says and `federate` does."""
-
-    model: str = field(metadata={"path": True})
-    data: ClientData
-    name: str = "federation"
-    seed: int = 0
-    rounds: int = 20
-    fraction: float = 1.0
-    cohort: int = 16
-    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
-    template: Template = field(default_factory=Alpaca)
-    max_length: int = 512
-    adapter: LoRA = field(default_factory=LoRA)
-    graft: Graft | None = None
-    strategy: Strategy = field(default_factory=FedAvg)
-    local: LocalTraining = field(default_factory=LocalTraining)
-    evaluation: Evaluation = field(default_factory=Evaluation)
-
-    def __post_init__(self) -> None:
-        for name in ("rounds", "cohort", "max_length"):
-            if getattr(self, name) < 1:
-                raise PomonaError(f"{name} {getattr(self, name)} is not positive; use 1 or more")
-        if not 0 < self.fraction <= 1:
-            raise PomonaError(f"fraction {self.fraction} is not between 0 and 1")
-        if self.evaluation.new_tokens >= self.max_length:
-            raise PomonaError(
-                f"evaluation new_tokens {self.evaluation.new_tokens} leave no room for a prompt in "
-                f"max_length {self.max_length}; make one smaller or the other larger"
-            )
+POOLED = "everyone"
 
 
 @dataclass(frozen=True)
@@ -82,6 +59,10 @@ class _Federation:
     test: Mapping[str, Sequence[Example]]
     progress: Progress
 
+    def owner(self, client: str) -> str:
+        """Return who trains the model that serves a client."""
+        return POOLED if self.settings.pooled else client
+
 
 def federate(
     settings: FederateSettings, run: RunDirectory, progress: Progress = silent
@@ -91,15 +72,18 @@ def federate(
     Raises `PomonaError` for whatever is wrong with the model, the data or the disk.
     """
     rows = settings.data.load(settings.seed)
+    settings.check_clients(list(rows))
     run.claim(inputs_of(settings.model, rows, progress))
     if run.finished:
         return run.results()
     federation = _prepare(settings, run, rows, progress)
     snapshot = run.snapshot() or _begin(federation)
-    for round_ in range(snapshot.round + 1, settings.rounds + 1):
-        progress("rounds", round_ - 1, settings.rounds)
-        snapshot = _round(federation, snapshot, round_)
-    progress("rounds", settings.rounds, settings.rounds)
+    last = settings.last_round
+    for round_ in range(snapshot.round + 1, last + 1):
+        progress("rounds", round_ - 1, last)
+        step = _round if round_ <= settings.rounds else _finishing_round
+        snapshot = step(federation, snapshot, round_)
+    progress("rounds", last, last)
     return _finish(federation, snapshot)
 
 
@@ -117,7 +101,8 @@ def _prepare(
             f"{context_length(model)} tokens; make max_length smaller"
         )
     freeze(model)
-    base = FrozenBase(model, settings.adapter, settings.graft, _sites(model, settings.graft))
+    sites = _sites(model, settings.graft)
+    base = FrozenBase(model, settings.adapter, settings.graft, sites, settings.personal)
     limit = settings.evaluation.rows or None
 
     def encoded(which: Sequence[Any]) -> list[Example]:
@@ -130,10 +115,19 @@ def _prepare(
         tokenizer,
         padding_id(tokenizer),
         rows,
-        {name: encoded(client.train) for name, client in rows.items()},
+        _trainers(settings, {name: encoded(client.train) for name, client in rows.items()}),
         {name: encoded(client.test[:limit]) for name, client in rows.items()},
         progress,
     )
+
+
+def _trainers(
+    settings: FederateSettings, train: Mapping[str, Sequence[Example]]
+) -> Mapping[str, Sequence[Example]]:
+    """Return who trains on what: every client on its own rows, or one on those of all."""
+    if not settings.pooled:
+        return train
+    return {POOLED: [example for own in train.values() for example in own]}
 
 
 def _sites(model: Any, graft: Graft | None) -> tuple[ExpertSite, ...]:
@@ -144,16 +138,38 @@ def _sites(model: Any, graft: Graft | None) -> tuple[ExpertSite, ...]:
 def _begin(federation: _Federation) -> Snapshot:
     """Choose every client's experts, give birth to its private state, measure the untuned base."""
     settings, base = federation.settings, federation.base
-    adapter = base.init_adapter(settings.seed)
-    shared, own_adapter = split(ClientState(adapter), settings.strategy.shares)
+    adapter = _first_adapter(federation)
+    own_adapter = split(ClientState(adapter), settings.strategy.shares)[1].adapter
+    shared = {name: value for name, value in adapter.items() if name not in own_adapter}
+    strategy = settings.strategy
+    memory = strategy.birth(shared) if isinstance(strategy, Corrects) else {}
     clients: dict[str, ClientState] = {}
     for done, name in enumerate(federation.train):
         federation.progress("grafting", done, len(federation.train))
         graft = base.init_graft(settings.seed, name, _select(federation, name))
-        clients[name] = ClientState(own_adapter.adapter, graft)
+        personal = base.init_personal(settings.seed, name)
+        clients[name] = ClientState(own_adapter, graft, personal, memory)
     federation.progress("grafting", len(clients), len(clients))
-    metrics = [_loss_line(federation, 0, "base", name, ClientState()) for name in federation.train]
-    return federation.run.commit(None, 0, settings.strategy.init(shared), clients, metrics)
+    metrics = [_loss_line(federation, 0, "base", name, ClientState()) for name in federation.test]
+    return federation.run.commit(None, 0, strategy.init(shared), clients, metrics)
+
+
+def _first_adapter(federation: _Federation) -> dict[str, Tensor]:
+    """Return the adapter before the first round: a newborn, or the one of `warm_start`."""
+    settings = federation.settings
+    newborn = federation.base.init_adapter(settings.seed)
+    if settings.warm_start is None:
+        return newborn
+    lora, tensors = read_adapter(settings.warm_start)
+    shapes = {name: value.shape for name, value in tensors.items()}
+    if lora.scaling != settings.adapter.scaling or shapes != {
+        name: value.shape for name, value in newborn.items()
+    }:
+        raise PomonaError(
+            f"warm_start {settings.warm_start} is no adapter as the recipe has it: it has rank {lora.rank}, "
+            f"alpha {lora.alpha:g} and targets {', '.join(lora.targets)}; give the same in [adapter]"
+        )
+    return {name: tensors[name].float() for name in newborn}
 
 
 def _select(federation: _Federation, name: str) -> list[int]:
@@ -169,21 +185,51 @@ def _select(federation: _Federation, name: str) -> list[int]:
 def _round(federation: _Federation, snapshot: Snapshot, round_: int) -> Snapshot:
     """Sample → train cohorts → aggregate → evaluate → commit."""
     settings, began = federation.settings, monotonic()
-    chosen = participants(settings.seed, round_, list(federation.train), settings.fraction)
+    strategy = settings.strategy
+    present = [n for n in federation.train if settings.takes_part(n, round_)]
+    chosen = participants(settings.seed, round_, present, settings.fraction)
+    answering = survivors(settings.seed, round_, chosen, settings.dropout)
     private: dict[str, ClientState] = {}
     updates: list[Update] = []
     metrics: list[dict[str, Any]] = []
-    for start in range(0, len(chosen), settings.cohort):
-        names = chosen[start : start + settings.cohort]
-        for name, state, losses in _train(federation, snapshot, names, round_):
-            shared, private[name] = split(state, settings.strategy.shares)
-            if shared:
-                updates.append(Update(name, len(federation.train[name]), shared))
-            metrics.append({"round": round_, "model": "training", "client": name, "losses": losses})
-    server = settings.strategy.aggregate(snapshot.server, updates)
-    metrics.append(_communication(round_, snapshot.server.shared, updates, len(chosen)))
-    trained = monotonic() - began
-    if round_ % settings.evaluation.every == 0 or round_ == settings.rounds:
+    for name, trained in _train(federation, snapshot, answering, round_):
+        sent, private[name] = split(trained.state, strategy.shares, frozen_part(strategy))
+        if sent:
+            sent |= trained.report
+            updates.append(Update(name, len(federation.train[name]), sent))
+        metrics.append(_training_line(round_, name, trained))
+    server = strategy.aggregate(snapshot.server, updates)
+    metrics.append(_communication(round_, _sent(strategy, snapshot.server), updates, len(chosen)))
+    return _committed(federation, snapshot, round_, server, private, metrics, began)
+
+
+def _finishing_round(federation: _Federation, snapshot: Snapshot, round_: int) -> Snapshot:
+    """Train what stays at the clients, after the last round and without sending anything."""
+    settings, began = federation.settings, monotonic()
+    finish = settings.finishing
+    assert finish is not None
+    strategy = LocalOnly() if finish.adapter else SharedFixed(settings.strategy.shares)
+    names = [n for n in federation.train if not finish.newcomers_only or n in settings.newcomers]
+    private: dict[str, ClientState] = {}
+    metrics: list[dict[str, Any]] = []
+    for name, trained in _train(federation, snapshot, names, round_, strategy, finish):
+        private[name] = split(trained.state, strategy.shares, frozen_part(strategy))[1]
+        metrics.append(_training_line(round_, name, trained))
+    return _committed(federation, snapshot, round_, snapshot.server, private, metrics, began)
+
+
+def _committed(
+    federation: _Federation,
+    snapshot: Snapshot,
+    round_: int,
+    server: ServerState,
+    private: Mapping[str, ClientState],
+    metrics: list[dict[str, Any]],
+    began: float,
+) -> Snapshot:
+    """Evaluate when it is time and make the round final."""
+    settings, trained = federation.settings, monotonic() - began
+    if round_ % settings.evaluation.every == 0 or round_ == settings.last_round:
         metrics += _evaluate(federation, snapshot, private, server.shared, round_)
     committed = federation.run.commit(snapshot, round_, server, private, metrics)
     federation.run.note_time(
@@ -193,28 +239,50 @@ def _round(federation: _Federation, snapshot: Snapshot, round_: int) -> Snapshot
 
 
 def _train(
-    federation: _Federation, snapshot: Snapshot, names: Sequence[str], round_: int
-) -> list[tuple[str, ClientState, list[float]]]:
-    settings = federation.settings
-    tasks = [
-        Task(
-            name,
-            join(snapshot.server.shared, federation.run.client(snapshot, name)),
-            federation.train[name],
+    federation: _Federation,
+    snapshot: Snapshot,
+    names: Sequence[str],
+    round_: int,
+    strategy: Strategy | None = None,
+    finish: Finish | None = None,
+) -> Iterator[tuple[str, Trained]]:
+    """Train some clients, a cohort at a time; after the last round as `finish` says."""
+    settings, server = federation.settings, snapshot.server
+    training, done, of = settings.local, round_, settings.rounds
+    if finish is not None:
+        training, done, of = finish.training, round_ - settings.rounds, finish.rounds
+    for start in range(0, len(names), settings.cohort):
+        tasks = [
+            Task(
+                name,
+                join(server.shared, federation.run.client(snapshot, name)),
+                federation.train[name],
+                server.memory,
+            )
+            for name in names[start : start + settings.cohort]
+        ]
+        trained = train_cohort(
+            federation.base,
+            tasks,
+            training,
+            strategy or settings.strategy,
+            f"{settings.seed}/finish" if finish else settings.seed,
+            done,
+            of,
+            federation.pad_id,
         )
-        for name in names
-    ]
-    states, losses = train_cohort(
-        federation.base,
-        tasks,
-        settings.local,
-        settings.strategy,
-        settings.seed,
-        round_,
-        settings.rounds,
-        federation.pad_id,
-    )
-    return list(zip(names, states, losses.tolist(), strict=True))
+        yield from zip((task.client for task in tasks), trained, strict=True)
+
+
+def _training_line(round_: int, name: str, trained: Trained) -> dict[str, Any]:
+    return {"round": round_, "model": "training", "client": name, "losses": trained.losses}
+
+
+def _sent(strategy: Strategy, server: ServerState) -> dict[str, Tensor]:
+    """Return what goes to every client: what can have changed since the last round."""
+    memory = server.memory if isinstance(strategy, Corrects) else {}
+    changed = {n: v for n, v in server.shared.items() if not within(n, frozen_part(strategy))}
+    return {**changed, **memory}
 
 
 def _evaluate(
@@ -228,19 +296,22 @@ def _evaluate(
     lines: list[dict[str, Any]] = []
     for done, name in enumerate(federation.test):
         federation.progress("evaluating", done, len(federation.test))
-        own = private.get(name) or federation.run.client(snapshot, name)
-        for kind, state in _models(shared, own).items():
+        owner = federation.owner(name)
+        own = private.get(owner) or federation.run.client(snapshot, owner)
+        for kind, state in _models(federation, shared, own).items():
             lines.append(_loss_line(federation, round_, kind, name, state))
     federation.progress("evaluating", len(federation.test), len(federation.test))
     return lines
 
 
-def _models(shared: Mapping[str, Tensor], private: ClientState) -> dict[str, ClientState]:
+def _models(
+    federation: _Federation, shared: Mapping[str, Tensor], private: ClientState
+) -> dict[str, ClientState]:
     """Return the models a client can be served by: the shared one and, if it has one, its own."""
     models: dict[str, ClientState] = {}
-    if shared:
+    if federation.settings.strategy.shares == "adapter":  # less than that is no model
         models["shared"] = ClientState(shared)
-    if private.adapter or private.graft:
+    if private.private:
         models["personal"] = join(shared, private)
     return models
 
@@ -285,10 +356,11 @@ def _finish(federation: _Federation, snapshot: Snapshot) -> dict[str, Any]:
     run, shared = federation.run, snapshot.server.shared
     answers: list[dict[str, Any]] = []
     routing: list[dict[str, Any]] = []
-    private = {name: run.client(snapshot, name) for name in federation.test}
+    private = {name: run.client(snapshot, federation.owner(name)) for name in federation.test}
     for done, (name, own) in enumerate(private.items()):
         federation.progress("answering", done, len(private))
-        for kind, state in {"base": ClientState(), **_models(shared, own)}.items():
+        models = {"base": ClientState(), **_models(federation, shared, own)}
+        for kind, state in models.items():
             answers += _answer_lines(federation, name, kind, state)
             if federation.base.sites:
                 routing.append(_routing_line(federation, name, kind, state))
@@ -305,11 +377,13 @@ def _publish(
     """Write what a user keeps, each part with the fingerprint of the base it belongs to."""
     settings, run, base = federation.settings, federation.run, federation.base
     origin = origin_of(base, settings.model, settings.template, settings.max_length)
-    if shared:
+    if settings.strategy.shares == "adapter":
         run.publish_shared(settings.adapter, shared, origin)
     for name, own in private.items():
         if own.adapter:
-            run.publish_adapter(name, settings.adapter, own.adapter, origin)
+            run.publish_adapter(name, settings.adapter, join(shared, own).adapter, origin)
+        if settings.personal is not None:
+            run.publish_personal(name, settings.personal, own.personal, origin)
         if settings.graft is not None:
             grown = origin_of_graft(origin, base, own.graft)
             run.publish_graft(name, settings.graft, own.graft, grown)

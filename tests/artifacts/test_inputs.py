@@ -11,10 +11,11 @@ import torch
 from pomona.artifacts.inputs import Inputs, difference
 from pomona.artifacts.run import RunDirectory
 from pomona.errors import PomonaError
-from pomona.federate import FederateSettings, federate
+from pomona.federate import federate
 from pomona.federation.clients import ClientData
 from pomona.federation.local import LocalTraining
 from pomona.federation.measure import Evaluation
+from pomona.federation.settings import FederateSettings
 from pomona.models.fingerprint import checkpoint_digests
 from pomona.models.lora import LoRA
 from pomona.models.weights import read_tensors, write_tensors

@@ -12,11 +12,12 @@ from pomona.artifacts.report import write_report
 from pomona.artifacts.run import RunDirectory
 from pomona.artifacts.table import compare, load_runs, pairwise, table
 from pomona.errors import PomonaError
-from pomona.federate import FederateSettings, federate
+from pomona.federate import federate
 from pomona.federation.clients import ClientData
 from pomona.federation.graft import Graft
 from pomona.federation.local import LocalTraining
 from pomona.federation.measure import Evaluation
+from pomona.federation.settings import FederateSettings
 from pomona.federation.strategies import LocalOnly
 from pomona.files import digest_of
 from pomona.models.lora import LoRA

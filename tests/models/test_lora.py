@@ -81,12 +81,12 @@ def test_fresh_lora_changes_nothing_and_is_a_function_of_its_seed():
         assert torch.equal(logits(model), plain)
     again = init_lora(model, lora, torch.Generator().manual_seed(0))
     assert all(torch.equal(fresh[n], again[n]) for n in fresh)
-    assert len(find_projections(model, lora.targets)) == 2 * 3
+    assert len(find_projections(model, lora)) == 2 * 3
 
 
 def test_a_target_the_model_lacks_is_named():
     with pytest.raises(PomonaError, match=r'"w_pack" is no linear layer .* called .*q_proj'):
-        find_projections(llama(), ("q_proj", "w_pack"))
+        find_projections(llama(), LoRA(targets=("q_proj", "w_pack")))
     with pytest.raises(PomonaError, match="rank 0"):
         LoRA(rank=0)
 

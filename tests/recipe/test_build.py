@@ -7,11 +7,11 @@ import pytest
 
 from pomona.data.templates import TEMPLATES, Chat
 from pomona.errors import PomonaError
-from pomona.federate import FederateSettings
 from pomona.federation.clients import ClientData
 from pomona.federation.graft import Graft
 from pomona.federation.partition import PARTITIONS, Dirichlet
 from pomona.federation.selection import SELECTIONS, RandomExpert
+from pomona.federation.settings import FederateSettings
 from pomona.federation.strategies import STRATEGIES, FedAvg, FedProx
 from pomona.recipe import build, dump, read_recipe
 from pomona.recipe.reconstruct import ReconstructRecipe, read_reconstruct_recipe

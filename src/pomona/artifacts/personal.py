@@ -28,11 +28,12 @@ class PersonalModel:
     source: str
     adapter: Path | None = None
     graft: Path | None = None
+    personal: Path | None = None
 
     @property
     def parts(self) -> list[Path]:
         """The folders of the client's parts, as many as there are."""
-        return [part for part in (self.adapter, self.graft) if part is not None]
+        return [p for p in (self.adapter, self.graft, self.personal) if p is not None]
 
 
 def open_personal(personal: PersonalModel) -> tuple[FrozenBase, ClientState]:
@@ -46,14 +47,17 @@ def open_personal(personal: PersonalModel) -> tuple[FrozenBase, ClientState]:
     lora, shared = (LoRA(), {}) if adapter is None else read_adapter(adapter)
     settings, private = (None, {}) if graft is None else read_graft(graft)
     sites = () if graft is None else tuple(find_expert_sites(model))
-    base = FrozenBase(model, lora, settings, sites)
+    own_lora, own = (None, {}) if personal.personal is None else read_adapter(personal.personal)
+    base = FrozenBase(model, lora, settings, sites, own_lora)
     if adapter is not None:
         _check_fits(shared, base.init_adapter(0), adapter, source)
     if graft is not None:
         _check_fits(private, base.init_graft(0, "", [0] * len(sites)), graft, source)
         _check_experts(private, sites, graft, source)
+    if personal.personal is not None:
+        _check_fits(own, base.init_personal(0, ""), personal.personal, source)
     check_base(personal.parts, base, source, private)
-    return base, ClientState(shared, private)
+    return base, ClientState(shared, private, own)
 
 
 def _check_fits(

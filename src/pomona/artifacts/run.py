@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import quote
@@ -148,7 +148,7 @@ class RunDirectory:
         if name not in snapshot.clients:
             raise damaged(self.path / "checkpoint" / "state.json", f'it lacks the client "{name}"')
         tensors = read_tensors(self.path / "checkpoint" / snapshot.clients[name])
-        return ClientState(_part(tensors, "adapter"), _part(tensors, "graft"))
+        return ClientState(*(_part(tensors, part.name) for part in fields(ClientState)))
 
     def commit(
         self,
@@ -163,7 +163,9 @@ class RunDirectory:
         files = dict(previous.clients) if previous else {}
         for name, state in clients.items():
             files[name] = f"{quote(name, safe='')}.{round_}.safetensors"
-            tensors = _named("adapter", state.adapter) | _named("graft", state.graft)
+            tensors: dict[str, Tensor] = {}
+            for part in fields(ClientState):
+                tensors |= _named(part.name, getattr(state, part.name))
             write_tensors(folder / files[name], tensors, {"round": str(round_)})
         server_file = _server_file(round_)
         write_tensors(
@@ -191,6 +193,12 @@ class RunDirectory:
     ) -> None:
         """Write the private adapter of one client."""
         self._publish_adapter(self.path / "clients" / name / "adapter", lora, tensors, origin)
+
+    def publish_personal(
+        self, name: str, lora: LoRA, tensors: Mapping[str, Tensor], origin: Origin
+    ) -> None:
+        """Write the private LoRA that one client has beside the adapter."""
+        self._publish_adapter(self.path / "clients" / name / "personal", lora, tensors, origin)
 
     def publish_graft(
         self, name: str, graft: Graft, tensors: Mapping[str, Tensor], origin: Origin

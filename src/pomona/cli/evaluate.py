@@ -32,6 +32,10 @@ Adapter = Annotated[
 Graft = Annotated[
     Path | None, typer.Option("--graft", help="A client's graft folder to put on.", metavar="DIR")
 ]
+Personal = Annotated[
+    Path | None,
+    typer.Option("--personal", help="A client's private LoRA beside the adapter.", metavar="DIR"),
+]
 Limit = Annotated[
     int, typer.Option("--limit", help="Rows; windows per domain; questions per task; 0: all.")
 ]
@@ -92,6 +96,7 @@ def evaluate(
     speed: MeasureSpeed = False,
     adapter: Adapter = None,
     graft: Graft = None,
+    personal: Personal = None,
     limit: Limit = 64,
     length: Lengths = None,
     new_tokens: NewTokens = 64,
@@ -106,8 +111,8 @@ def evaluate(
 ) -> None:
     """Measure a model on text, on instruction rows, on tasks, or its speed.
 
-    MODEL is a folder or Hub id; with --adapter and --graft it is a client's personal model that is
-    measured. Of a folder of domains the held-out files are read, where there are any. --tasks needs
+    MODEL is a folder or Hub id; with --adapter, --graft and --personal it is a client's personal model that
+    is measured. Of a folder of domains the held-out files are read, where there are any. --tasks needs
     the extra: pip install 'pomona[eval]'.
     """
     asked = {"--text": text, "--rows": rows, "--tasks": tasks, "--speed": speed or None}
@@ -129,31 +134,31 @@ def evaluate(
     for path in (json, None if figures is None else figures / "expert-load.svg"):
         if path is not None:
             check_writable(path)
-    personal, only = PersonalModel(model, adapter, graft), lengths[0] if lengths else None
+    whole, only = PersonalModel(model, adapter, graft, personal), lengths[0] if lengths else None
     found: dict[str, Any]
     notes: list[str] = []
     with progress_bars() as progress:
         if text is not None:
-            made = verb.on_text(personal, text, lengths, limit, routing, progress)
+            made = verb.on_text(whole, text, lengths, limit, routing, progress)
             shown, found = measures.of_text(made, figures)
         elif rows is not None:
             given = (template, limit, only, new_tokens, progress, notes.append)
-            made = verb.on_rows(personal, rows, *given)
+            made = verb.on_rows(whole, rows, *given)
             shown, found = measures.of_rows(made)
         elif tasks is not None:
             names = [name.strip() for each in tasks for name in each.split(",") if name.strip()]
-            made = verb.on_tasks(personal, names, data, fewshot, limit, progress)
+            made = verb.on_tasks(whole, names, data, fewshot, limit, progress)
             shown, found = measures.of_tasks(made)
         else:
             made = verb.speed(
-                personal, dense, only, new_tokens, 5 if repeats is None else repeats, progress
+                whole, dense, only, new_tokens, 5 if repeats is None else repeats, progress
             )
             shown, found = measures.of_speed(made)
     for told in notes:
         console.print(told)
     measures.show(model, shown)
     if json is not None:
-        parts = {"adapter": adapter, "graft": graft}
+        parts = {"adapter": adapter, "graft": graft, "personal": personal}
         worn = {name: str(folder) for name, folder in parts.items() if folder is not None}
         write_json(json, {"model": model, **worn, **found})
 

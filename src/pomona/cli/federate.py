@@ -23,8 +23,8 @@ def federate(recipe: Recipe, out: Out, model: Model = None, seed: Seed = None) -
     """
     from pomona.artifacts.run import RunDirectory
     from pomona.cli.console import console, print_comparison, progress_bars
-    from pomona.federate import FederateSettings
     from pomona.federate import federate as run_federation
+    from pomona.federation.settings import FederateSettings
     from pomona.recipe import dump, read_recipe
 
     absolute = str(Path(model).resolve()) if model and Path(model).exists() else model

@@ -11,8 +11,9 @@ from pomona.artifacts.run import RunDirectory
 from pomona.data.row import Row
 from pomona.demo.clients import client_rows
 from pomona.demo.domains import domain_texts
-from pomona.federate import FederateSettings, federate
+from pomona.federate import federate
 from pomona.federation.graft import Graft
+from pomona.federation.settings import FederateSettings
 from pomona.federation.strategies import FedAvg, LocalOnly, Strategy
 from pomona.files import write_text
 from pomona.progress import Progress, silent, titled

@@ -22,6 +22,7 @@ class FrozenBase:
     lora: LoRA
     graft: Graft | None = None
     sites: tuple[ExpertSite, ...] = field(default=(), repr=False)
+    personal: LoRA | None = None
 
     def init_adapter(self, seed: int) -> dict[str, Tensor]:
         """Return a fresh adapter, the same for everybody who gives the same seed."""
@@ -34,11 +35,19 @@ class FrozenBase:
         generator = torch_generator(seed, "graft", client)
         return init_graft(self.sites, self.graft, experts, generator)
 
+    def init_personal(self, seed: int, client: str) -> dict[str, Tensor]:
+        """Return a client's newborn private LoRA; empty when there is none."""
+        if self.personal is None:
+            return {}
+        return init_lora(self.model, self.personal, torch_generator(seed, "personal", client))
+
     def attach(self, state: ClientState) -> Attachment:
-        """Hook a cohort's stacked state [C, …] onto the model; either part may be empty."""
+        """Hook a cohort's stacked state [C, …] onto the model; any part may be empty."""
         parts: list[Attachment] = []
         if state.adapter:
             parts.append(attach_lora(self.model, self.lora, state.adapter))
+        if state.personal and self.personal is not None:
+            parts.append(attach_lora(self.model, self.personal, state.personal))
         if state.graft and self.graft is not None:
             parts.append(attach_graft(self.sites, self.graft, state.graft))
         return join_attachments(parts)

@@ -4,22 +4,19 @@ The base is frozen and the clients' parameters are disjoint, so the gradient of 
 each client's own. A real site is a cohort of one and runs the same code.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import ceil
 
-import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from pomona.data.examples import Batch, Example, collate
 from pomona.errors import PomonaError
 from pomona.federation.cohort import FrozenBase
 from pomona.federation.sampling import batches
-from pomona.federation.strategies.protocol import Strategy
-from pomona.federation.update import ClientState, split, stack, unstack
-from pomona.shapes import PerClient
-from pomona.training.loop import AdamW, NotFiniteError, fit
-from pomona.training.loss import completion_losses
+from pomona.federation.stage import Stage, Task, steps_taken, without_optimiser
+from pomona.federation.strategies.protocol import Corrects, Strategy
+from pomona.federation.update import ClientState
+from pomona.training.loop import AdamW, NotFiniteError
 from pomona.training.schedule import cosine
 
 
@@ -27,22 +24,25 @@ from pomona.training.schedule import cosine
 class LocalTraining:
     """What every sampled client does in a round.
 
-    `steps` optimiser steps on `batch` rows each. The learning rate falls along a cosine across rounds
-    from `learning_rate` to `final_learning_rate` and is constant within one; AdamW starts anew every
-    round (FLEx, arXiv 2506.00965, training script).
+    `steps` optimiser steps on `batch` rows each, or with `epochs` so many passes over the client's rows. The
+    learning rate falls along a cosine across rounds from `learning_rate` to `final_learning_rate` and is
+    constant within one; AdamW starts anew every round (FLEx, arXiv 2506.00965, training script) unless
+    `keep_optimiser`, when every client keeps its moments from round to round.
     """
 
     steps: int = 5
+    epochs: int = 0
     batch: int = 4
     learning_rate: float = 2e-3
     final_learning_rate: float = 5e-5
+    keep_optimiser: bool = False
     optimiser: AdamW = field(default_factory=AdamW)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch"):
-            if getattr(self, name) < 1:
+        for name, least in (("steps", 1), ("batch", 1), ("epochs", 0)):
+            if getattr(self, name) < least:
                 raise PomonaError(
-                    f"local {name} {getattr(self, name)} is not positive; use 1 or more"
+                    f"local {name} {getattr(self, name)} is too small; use {least} or more"
                 )
         if not self.learning_rate >= self.final_learning_rate >= 0:
             raise PomonaError(
@@ -50,14 +50,18 @@ class LocalTraining:
                 f"{self.final_learning_rate}, and neither negative"
             )
 
+    def steps_of(self, rows: int) -> int:
+        """Return how many steps a client with so many rows takes in a round."""
+        return self.epochs * ceil(rows / self.batch) if self.epochs else self.steps
+
 
 @dataclass(frozen=True)
-class Task:
-    """One client's part of a round."""
+class Trained:
+    """A client after a round: its state, nats per answer token at every step, what it reports."""
 
-    client: str
     state: ClientState
-    examples: Sequence[Example] = field(repr=False)
+    losses: list[float]
+    report: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor], repr=False)
 
 
 def train_cohort(
@@ -65,90 +69,82 @@ def train_cohort(
     tasks: Sequence[Task],
     training: LocalTraining,
     strategy: Strategy,
-    seed: int,
+    seed: int | str,
     round_: int,
     rounds: int,
     pad_id: int,
-) -> tuple[list[ClientState], Float[Tensor, "C steps"]]:
-    """Train all tasks at once; return their new states and losses (nats per answer token).
+) -> list[Trained]:
+    """Train all tasks at once and return what became of each.
 
-    Raises `PomonaError` when a loss stops being finite.
+    Clients with fewer steps leave the cohort when they are through. Raises `PomonaError` when a loss
+    stops being finite.
     """
-    stacked = stack([task.state for task in tasks])
-    trainable = _trainable(stacked)
-    state = ClientState(
-        {name: trainable[0].get(name, value) for name, value in stacked.adapter.items()},
-        {name: trainable[1].get(name, value) for name, value in stacked.graft.items()},
-    )
-    shared, _ = split(state, strategy.shares)
-    anchor = {name: value.detach().clone() for name, value in shared.items()}
-    step_batches = _cohort_batches(tasks, training, seed, round_, pad_id)
-
-    def losses(step: int) -> PerClient:
-        batch = step_batches[step]
-        loss_C = completion_losses(
-            base.model,
-            batch.input_ids_BT,
-            batch.attention_mask_BT,
-            batch.label_mask_BT,
-            len(tasks),
-        )
-        penalty_C = strategy.penalty(shared, anchor)
-        return loss_C if penalty_C is None else loss_C + penalty_C
-
     rate = cosine(training.learning_rate, training.final_learning_rate, round_ - 1, rounds)
-    parameters = [*trainable[0].values(), *trainable[1].values()]
-    try:
-        with base.attach(state):
-            history = fit(
-                parameters, losses, training.steps, lambda _step: rate, training.optimiser
-            )
-    except NotFiniteError as error:
-        raise PomonaError(
-            f'training of client "{tasks[error.client].client}" diverged in round {round_}; lower '
-            "local.learning_rate or train in float32"
-        ) from error
-    return unstack(state, len(tasks)), history.T
-
-
-def _trainable(stacked: ClientState) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return leaves with gradients for every floating tensor; indices stay as they are."""
-
-    def leaves(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {
-            name: value.detach().clone().requires_grad_()
-            for name, value in tensors.items()
-            if value.is_floating_point()
-        }
-
-    return leaves(stacked.adapter), leaves(stacked.graft)
-
-
-def _cohort_batches(
-    tasks: Sequence[Task], training: LocalTraining, seed: int, round_: int, pad_id: int
-) -> list[Batch]:
-    """Return each step's batch [C·b, T], client-major; short clients are filled with empty rows."""
+    steps = [training.steps_of(len(task.examples)) for task in tasks]
     drawn = [
-        batches(seed, round_, t.client, len(t.examples), training.batch, training.steps)
-        for t in tasks
+        batches(seed, round_, t.client, len(t.examples), training.batch, n)
+        for t, n in zip(tasks, steps, strict=True)
     ]
-    return [
-        _fill(
-            [
-                [task.examples[i] for i in rows[step]]
-                for task, rows in zip(tasks, drawn, strict=True)
-            ],
+    states = [task.state for task in tasks]
+    losses: list[list[float]] = [[] for _ in tasks]
+    gradients: list[dict[str, Tensor]] = [{} for _ in tasks]
+    for members, first, last in _stages(states, steps):
+        stage = Stage(
+            base,
+            [tasks[c] for c in members],
+            [[drawn[c][step] for step in range(first, last)] for c in members],
+            strategy,
+            training.optimiser,
+            rate,
             pad_id,
         )
-        for step in range(training.steps)
+        try:
+            trained = stage.run([states[c] for c in members])
+        except NotFiniteError as error:
+            raise PomonaError(
+                f'training of client "{tasks[members[error.client]].client}" diverged in round {round_}; '
+                "lower local.learning_rate or train in float32"
+            ) from error
+        for c, (state, own, gradient) in zip(members, trained, strict=True):
+            states[c] = state
+            losses[c] += own
+            gradients[c] = {n: gradients[c].get(n, 0) + g for n, g in gradient.items()}
+    return [
+        _finished(strategy, training, states[c], losses[c], gradients[c]) for c in range(len(tasks))
     ]
 
 
-def _fill(rows: Sequence[Sequence[Example]], pad_id: int) -> Batch:
-    """Collate client-major; a row added for alignment repeats a real one but carries no label."""
-    size = max(map(len, rows))
-    batch = collate([row for own in rows for row in [*own, *[own[0]] * (size - len(own))]], pad_id)
-    real_B = torch.tensor([k < len(own) for own in rows for k in range(size)])
-    return Batch(
-        batch.input_ids_BT, batch.attention_mask_BT, batch.label_mask_BT & real_B.unsqueeze(1)
-    )
+def _stages(
+    states: Sequence[ClientState], steps: Sequence[int]
+) -> Iterator[tuple[list[int], int, int]]:
+    """Return (clients, first step, last step) such that all of a stage have their steps in common.
+
+    One optimiser counts the steps of everybody in it, so clients who have kept different numbers of
+    them train apart.
+    """
+    done = [steps_taken(state) for state in states]
+    for count in sorted(set(done)):
+        alike = [c for c, own in enumerate(done) if own == count]
+        first = 0
+        for last in sorted({steps[c] for c in alike}):
+            yield [c for c in alike if steps[c] >= last], first, last
+            first = last
+
+
+def _finished(
+    strategy: Strategy,
+    training: LocalTraining,
+    state: ClientState,
+    losses: list[float],
+    gradients: Mapping[str, Tensor],
+) -> Trained:
+    """Keep of a client's memory what the next round needs."""
+    memory = dict(state.memory)
+    if not training.keep_optimiser:
+        memory = without_optimiser(memory)
+    report: dict[str, Tensor] = {}
+    if isinstance(strategy, Corrects):
+        mean = {name: total / len(losses) for name, total in gradients.items()}
+        own, report = strategy.report(memory, mean)
+        memory |= own
+    return Trained(replace(state, memory=memory), losses, report)

@@ -14,8 +14,17 @@ def participants(seed: int, round_: int, clients: Sequence[str], fraction: float
     return [names[i] for i in sorted(chosen)]
 
 
+def survivors(seed: int, round_: int, chosen: Sequence[str], dropout: float) -> list[str]:
+    """Return those who answer when each is lost with the probability `dropout`; it may be nobody."""
+    return [
+        name
+        for name in chosen
+        if numpy_generator(seed, "dropout", round_, name).random() >= dropout
+    ]
+
+
 def batches(
-    seed: int, round_: int, client: str, rows: int, batch: int, steps: int
+    seed: int | str, round_: int, client: str, rows: int, batch: int, steps: int
 ) -> list[list[int]]:
     """Return the row indices of a client's steps in a round.
 

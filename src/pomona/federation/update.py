@@ -1,29 +1,38 @@
 """The one place that decides what leaves a client.
 
-A client's state has two fields, so that privacy is a matter of type: tensors in `graft` have no way
-into `Update.shared`, whatever they are called and whatever a strategy asks for.
+A client's state has a field for what may be shared and fields for what never is, so that privacy is a
+matter of type: tensors in `graft`, `personal` and `memory` have no way into `Update.shared`, whatever
+they are called and whatever a strategy asks for.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-Shares = Literal["adapter", "nothing"]
+Part = Literal["adapter", "lora_A", "lora_B", "nothing"]
 
 
 @dataclass(frozen=True)
 class ClientState:
-    """All that a client trains.
+    """All that a client holds.
 
-    `adapter` is LoRA on the attention, `graft` the private experts and their gates; both map tensor
-    names to values, [C, …] when stacked for a cohort.
+    `adapter` is the LoRA that a strategy may share, `graft` the private experts and their gates, `personal` a
+    private LoRA beside the adapter, `memory` what a strategy or the optimiser keeps from round to round. All
+    map tensor names to values, [C, …] when stacked for a cohort.
     """
 
     adapter: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     graft: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    personal: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    memory: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    @property
+    def private(self) -> bool:
+        """Whether there is anything that makes this client's model its own."""
+        return bool(self.adapter or self.graft or self.personal)
 
 
 @dataclass(frozen=True)
@@ -35,16 +44,33 @@ class Update:
     shared: Mapping[str, Tensor]
 
 
-def split(state: ClientState, shares: Shares) -> tuple[dict[str, Tensor], ClientState]:
-    """Return (shared, private). `join` puts them together again."""
-    if shares == "nothing":
-        return {}, state
-    return dict(state.adapter), ClientState(graft=state.graft)
+def within(name: str, part: Part) -> bool:
+    """Whether an adapter's tensor belongs to a part of it; residuals belong to the whole only."""
+    return part == "adapter" or (part != "nothing" and name.endswith(part))
+
+
+def learns(name: str, freezes: Part) -> bool:
+    """Whether a client trains an adapter's tensor; what a server merged (`residual`) it never does."""
+    return not (within(name, freezes) or name.endswith(".residual"))
+
+
+def split(
+    state: ClientState, shares: Part, freezes: Part = "nothing"
+) -> tuple[dict[str, Tensor], ClientState]:
+    """Return (what is sent, what stays). `join` puts them together with what the server holds.
+
+    Of the shared part only what was trained is sent: the server has the rest.
+    """
+    adapter = state.adapter.items()
+    sent = {n: v for n, v in adapter if within(n, shares) and learns(n, freezes)}
+    own = {n: v for n, v in adapter if not within(n, shares)}
+    return sent, ClientState(own, state.graft, state.personal, state.memory)
 
 
 def join(shared: Mapping[str, Tensor], private: ClientState) -> ClientState:
-    """Return the state whose `split` is (shared, private)."""
-    return ClientState({**shared, **private.adapter}, private.graft)
+    """Return the state of a client that was sent `shared`; its own tensors come before those."""
+    adapter = {**shared, **private.adapter}
+    return ClientState(adapter, private.graft, private.personal, private.memory)
 
 
 def stack(states: Sequence[ClientState]) -> ClientState:
@@ -53,13 +79,12 @@ def stack(states: Sequence[ClientState]) -> ClientState:
     Names come in order: sums over all tensors (a gradient's norm) must not depend on where a state
     has been, in memory or in a file.
     """
-    return ClientState(
-        {
-            name: torch.stack([s.adapter[name] for s in states])
-            for name in sorted(states[0].adapter)
-        },
-        {name: torch.stack([s.graft[name] for s in states]) for name in sorted(states[0].graft)},
-    )
+
+    def one(part: str) -> dict[str, Tensor]:
+        first: Mapping[str, Tensor] = getattr(states[0], part)
+        return {n: torch.stack([getattr(s, part)[n] for s in states]) for n in sorted(first)}
+
+    return ClientState(*(one(part.name) for part in fields(ClientState)))
 
 
 def unstack(state: ClientState, clients: int) -> list[ClientState]:
@@ -68,4 +93,5 @@ def unstack(state: ClientState, clients: int) -> list[ClientState]:
     def one(tensors: Mapping[str, Tensor], client: int) -> dict[str, Tensor]:
         return {name: value[client].detach().clone() for name, value in tensors.items()}
 
-    return [ClientState(one(state.adapter, c), one(state.graft, c)) for c in range(clients)]
+    parts = [getattr(state, part.name) for part in fields(ClientState)]
+    return [ClientState(*(one(tensors, c) for tensors in parts)) for c in range(clients)]

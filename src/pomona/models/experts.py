@@ -57,9 +57,9 @@ class ExpertSite:
 
     def expert(self, index: int) -> DenseExpert:
         """Return one expert's exact weights, whatever the family's layout."""
-        gate_WD, up_WD = self._halves(self._weight("gate_up_proj", index), 0)
+        gate_WD, up_WD = self.halves(self._weight("gate_up_proj", index), 0)
         bias = self._bias("gate_up_proj_bias", index)
-        gate_bias_W, up_bias_W = (None, None) if bias is None else self._halves(bias, 0)
+        gate_bias_W, up_bias_W = (None, None) if bias is None else self.halves(bias, 0)
         down_DW = self._weight("down_proj", index)
         down_bias_D = self._bias("down_proj_bias", index)
         return DenseExpert(gate_WD, up_WD, down_DW, gate_bias_W, up_bias_W, down_bias_D)
@@ -67,7 +67,7 @@ class ExpertSite:
     def gate_up(self, x_ND: Tensor, index: int) -> tuple[Tensor, Tensor]:
         """Return the gate and up pre-activations [N, W] of one expert, in one product."""
         weight = self._weight("gate_up_proj", index)
-        return self._halves(fn.linear(x_ND, weight, self._bias("gate_up_proj_bias", index)), -1)
+        return self.halves(fn.linear(x_ND, weight, self._bias("gate_up_proj_bias", index)), -1)
 
     def activate(self, gate_NW: Tensor, up_NW: Tensor) -> Tensor:
         """Return the family's own gated activation [N, W] of both halves, clamps included."""
@@ -107,7 +107,8 @@ class ExpertSite:
     def _bias(self, name: str, index: int) -> Tensor | None:
         return getattr(self.experts, name)[index] if self.experts.has_bias else None
 
-    def _halves(self, both: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    def halves(self, both: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
+        """Return gate and up of what has both in the family's own layout."""
         if self.experts.is_concatenated:
             gate, up = both.chunk(2, dim=dim)
             return gate, up

@@ -2,11 +2,12 @@
 
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022. Every tensor carries the
 client dimension first: A [C, R, in], B [C, out, R]; a real site is C = 1. Rows of a batch are
-client-major: the first B/C rows belong to client 0, and so on.
+client-major: the first B/C rows belong to client 0, and so on. The fused experts of a mixture can
+have it too (`expert_lora`).
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as fn
 
 from pomona.errors import PomonaError
-from pomona.models.attachment import Attachment
+from pomona.models.attachment import Attachment, join_attachments
+from pomona.models.expert_lora import attach_expert_lora, expert_sizes
+from pomona.models.experts import ExpertSite, find_expert_sites
 
 ATTENTION = ("q_proj", "k_proj", "v_proj")
 
@@ -25,12 +28,15 @@ class LoRA:
     """Low-rank updates W + (alpha / rank) · B · A of the attention projections.
 
     `targets` are last components of module names, as in PEFT's `target_modules`. The default is what
-    FLEx shares: q, k and v (arXiv 2506.00965, section 3).
+    FLEx shares: q, k and v (arXiv 2506.00965, section 3). `layers` restricts it to some decoder layers
+    (PEFT's `layers_to_transform`; none named: all). `experts` adds every pretrained expert of these layers.
     """
 
     rank: int = 8
     alpha: float = 16.0
     targets: tuple[str, ...] = ATTENTION
+    layers: tuple[int, ...] = ()
+    experts: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -46,11 +52,12 @@ class LoRA:
         return self.alpha / self.rank
 
 
-def find_projections(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
+def find_projections(model: nn.Module, lora: LoRA) -> dict[str, nn.Linear]:
     """Return the linear layers whose last name component is a target, by dotted name.
 
-    Raises `PomonaError` naming a target that the model does not have, with those it does.
+    Raises `PomonaError` naming a target or a layer that the model does not have, with those it does.
     """
+    targets = lora.targets
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     found = {name: module for name, module in linear.items() if name.rpartition(".")[2] in targets}
     missing = sorted(set(targets) - {name.rpartition(".")[2] for name in found})
@@ -60,19 +67,44 @@ def find_projections(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.L
             f'LoRA target "{missing[0]}" is no linear layer of this {type(model).__name__}; '
             f"its linear layers are called {present}"
         )
-    return found
+    present = {_layer(name) for name in found}
+    absent = sorted(set(lora.layers) - present)
+    if absent:
+        raise PomonaError(
+            f"LoRA layer {absent[0]} has none of the targets; layers {min(present)} to {max(present)} do"
+        )
+    return {n: m for n, m in found.items() if not lora.layers or _layer(n) in lora.layers}
+
+
+def _layer(name: str) -> int:
+    """Return the number in a module's name, −1 without one."""
+    numbers = [int(part) for part in name.split(".") if part.isdecimal()]
+    return numbers[0] if numbers else -1
+
+
+def find_tuned_experts(model: nn.Module, lora: LoRA) -> list[ExpertSite]:
+    """Return the sites whose experts have LoRA too, none unless `experts` says so."""
+    sites = find_expert_sites(model) if lora.experts else []
+    return [site for site in sites if not lora.layers or site.layer in lora.layers]
 
 
 def init_lora(model: nn.Module, lora: LoRA, generator: torch.Generator) -> dict[str, Tensor]:
-    """Return one client's fresh LoRA: A [R, in] uniform as in PEFT, B [out, R] zero; float32."""
+    """Return one client's fresh LoRA: A [R, in] uniform as in PEFT, B [out, R] zero; float32.
+
+    Of experts, [E, R, in] and [E, out, R].
+    """
     tensors: dict[str, Tensor] = {}
-    for name, module in find_projections(model, lora.targets).items():
-        tensors |= {
-            f"{name}.{factor}": value
-            for factor, value in low_rank_pair(
-                module.in_features, module.out_features, lora.rank, generator
-            ).items()
-        }
+    for name, module in find_projections(model, lora).items():
+        pair = low_rank_pair(module.in_features, module.out_features, lora.rank, generator)
+        tensors |= {f"{name}.{factor}": value for factor, value in pair.items()}
+    for site in find_tuned_experts(model, lora):
+        for part, (size_in, size_out) in expert_sizes(site).items():
+            pairs = [
+                low_rank_pair(size_in, size_out, lora.rank, generator)
+                for _ in range(site.num_experts)
+            ]
+            for factor in ("lora_A", "lora_B"):
+                tensors[f"{site.name}.{part}.{factor}"] = torch.stack([p[factor] for p in pairs])
     return tensors
 
 
@@ -100,21 +132,31 @@ def low_rank(
 def attach_lora(model: nn.Module, lora: LoRA, tensors: Mapping[str, Tensor]) -> Attachment:
     """Hook stacked LoRA (`NAME.lora_A` [C, R, in], `NAME.lora_B` [C, out, R]) onto a model.
 
-    The base keeps its parameters and their names; gradients flow to `tensors`.
+    A `NAME.residual` [C, out, in] counts as one more product B · A. The base keeps its parameters and
+    their names; gradients flow to `tensors`.
     """
     handles = [
         module.register_forward_hook(
-            _add_low_rank(tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"], lora.scaling)
+            _add_low_rank(
+                tensors[f"{name}.lora_A"],
+                tensors[f"{name}.lora_B"],
+                tensors.get(f"{name}.residual"),
+                lora.scaling,
+            )
         )
-        for name, module in find_projections(model, lora.targets).items()
+        for name, module in find_projections(model, lora).items()
     ]
-    return Attachment(tuple(handles))
+    experts = attach_expert_lora(find_tuned_experts(model, lora), lora.scaling, tensors)
+    return join_attachments([Attachment(tuple(handles)), experts])
 
 
-def _add_low_rank(a_CRI: Tensor, b_COR: Tensor, scaling: float):
+def _add_low_rank(a_CRI: Tensor, b_COR: Tensor, residual_COI: Tensor | None, scaling: float):
     def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x_CSI = args[0].reshape(len(a_CRI), -1, a_CRI.shape[2])
-        update = low_rank(x_CSI, a_CRI, b_COR) * scaling
+        update = low_rank(x_CSI, a_CRI, b_COR)
+        if residual_COI is not None:
+            update = update + x_CSI.to(update.dtype) @ residual_COI.mT
+        update = update * scaling
         return output + update.reshape(output.shape).to(output.dtype)
 
     return hook

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pomona.federation.strategies.protocol import ServerState
-from pomona.federation.update import Shares, Update
+from pomona.federation.update import Part, Update
 from pomona.shapes import PerClient
 
 
@@ -20,7 +20,7 @@ class FedAvg:
     """Sends the adapter and averages it by rows."""
 
     @property
-    def shares(self) -> Shares:
+    def shares(self) -> Part:
         """The whole adapter."""
         return "adapter"
 

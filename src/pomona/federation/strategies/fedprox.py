@@ -13,7 +13,7 @@ from torch import Tensor
 from pomona.errors import PomonaError
 from pomona.federation.strategies.fedavg import FedAvg
 from pomona.federation.strategies.protocol import ServerState
-from pomona.federation.update import Shares, Update
+from pomona.federation.update import Part, Update
 from pomona.shapes import PerClient
 
 
@@ -28,7 +28,7 @@ class FedProx:
             raise PomonaError(f"FedProx mu {self.mu} is negative; use 0 or more")
 
     @property
-    def shares(self) -> Shares:
+    def shares(self) -> Part:
         """The whole adapter."""
         return "adapter"
 

@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from pomona.federation.update import Shares, Update
+from pomona.federation.update import Part, Update
 from pomona.shapes import PerClient
 
 
@@ -23,8 +23,8 @@ class Strategy(Protocol):
     """Both halves of a federated algorithm: the client's penalty and the server's aggregation."""
 
     @property
-    def shares(self) -> Shares:
-        """Which part of a client's adapter is sent; a graft never is."""
+    def shares(self) -> Part:
+        """Which part of a client's adapter is sent; the rest of it is the client's own."""
         ...
 
     def penalty(
@@ -43,3 +43,45 @@ class Strategy(Protocol):
     def aggregate(self, state: ServerState, updates: Iterable[Update]) -> ServerState:
         """Return the state after a round; updates stream through, one at a time."""
         ...
+
+
+@runtime_checkable
+class Freezes(Protocol):
+    """A strategy whose clients leave a part of the adapter as it was born, the same for everybody."""
+
+    @property
+    def freezes(self) -> Part:
+        """Which part of the adapter is not trained, and therefore not sent either."""
+        ...
+
+
+@runtime_checkable
+class Corrects(Protocol):
+    """A strategy whose clients add a correction to their gradients and remember something for it."""
+
+    def birth(self, shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return a client's memory before its first round."""
+        ...
+
+    def correction(
+        self, server: Mapping[str, Tensor], own: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return what is added to the gradient of each shared tensor.
+
+        `server` is the memory of the server, which is sent along, `own` that of the client.
+        """
+        ...
+
+    def report(
+        self, own: Mapping[str, Tensor], gradient: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the client's new memory and what it sends beside the shared tensors.
+
+        `gradient` is the mean over the round's steps, without the correction.
+        """
+        ...
+
+
+def frozen_part(strategy: Strategy) -> Part:
+    """Return the part of the adapter that a strategy's clients do not train."""
+    return strategy.freezes if isinstance(strategy, Freezes) else "nothing"

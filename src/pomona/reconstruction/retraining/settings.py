@@ -57,7 +57,7 @@ class ExpertStage:
     """
 
     tokens: int = 1_000_000
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     schedule: Schedule = "cosine"
     warm_up: float = 0.03
     floor: float = 0.1

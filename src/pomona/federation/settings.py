@@ -1,0 +1,113 @@
+"""Everything one can say about a federation."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from pomona.data.templates import Alpaca, Template
+from pomona.errors import PomonaError
+from pomona.federation.clients import ClientData
+from pomona.federation.graft import Graft
+from pomona.federation.local import LocalTraining
+from pomona.federation.measure import Evaluation
+from pomona.federation.strategies import FedAvg, Strategy
+from pomona.models.lora import LoRA
+
+
+@dataclass(frozen=True)
+class Finish:
+    """Training after the last round that nobody sends: of newcomers, or of everybody.
+
+    What is private is trained, on the shared adapter as it is; with `adapter` a copy of that as well, which
+    is then the client's own. `newcomers_only` leaves the others as they are. `rounds` times `training`, along
+    its learning rates.
+    """
+
+    rounds: int = 20
+    training: LocalTraining = field(default_factory=LocalTraining)
+    adapter: bool = False
+    newcomers_only: bool = True
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise PomonaError(f"finish rounds {self.rounds} is not positive; use 1 or more")
+
+
+@dataclass(frozen=True)
+class FederateSettings:
+    """A federation, whole: what a recipe says and `federate` does.
+
+    `fraction` of the clients take part in a round, of whom the share `dropout` is lost before it has
+    answered. `joins` says from which round on a client takes part; `newcomers` take part in none, they
+    graft and train when it is over (`finish`). `personal` is a private LoRA beside the shared adapter;
+    `pooled` trains one model on everybody's rows, the ceiling. `warm_start` is a PEFT folder that the
+    adapter begins as.
+    """
+
+    model: str = field(metadata={"path": True})
+    data: ClientData
+    name: str = "federation"
+    seed: int = 0
+    rounds: int = 20
+    fraction: float = 1.0
+    dropout: float = 0.0
+    joins: Mapping[str, int] = field(default_factory=dict[str, int])
+    newcomers: tuple[str, ...] = ()
+    pooled: bool = False
+    cohort: int = 16
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    template: Template = field(default_factory=Alpaca)
+    max_length: int = 512
+    adapter: LoRA = field(default_factory=LoRA)
+    warm_start: Path | None = None
+    personal: LoRA | None = None
+    graft: Graft | None = None
+    strategy: Strategy = field(default_factory=FedAvg)
+    local: LocalTraining = field(default_factory=LocalTraining)
+    finish: Finish | None = None
+    evaluation: Evaluation = field(default_factory=Evaluation)
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "cohort", "max_length"):
+            if getattr(self, name) < 1:
+                raise PomonaError(f"{name} {getattr(self, name)} is not positive; use 1 or more")
+        if not 0 < self.fraction <= 1:
+            raise PomonaError(f"fraction {self.fraction} is not between 0 and 1")
+        if not 0 <= self.dropout < 1:
+            raise PomonaError(f"dropout {self.dropout} is not a share below 1")
+        if self.evaluation.new_tokens >= self.max_length:
+            raise PomonaError(
+                f"evaluation new_tokens {self.evaluation.new_tokens} leave no room for a prompt in "
+                f"max_length {self.max_length}; make one smaller or the other larger"
+            )
+        if self.pooled and (self.newcomers or self.joins):
+            raise PomonaError("pooled rows are one client's; leave out newcomers and joins")
+        for name, round_ in self.joins.items():
+            if not 1 <= round_ <= self.rounds:
+                raise PomonaError(
+                    f'client "{name}" joins in round {round_}, but the rounds are 1 to {self.rounds}'
+                )
+
+    @property
+    def last_round(self) -> int:
+        """The number of the last round, those of `finish` included."""
+        return self.rounds + (self.finishing.rounds if self.finishing else 0)
+
+    def takes_part(self, client: str, round_: int) -> bool:
+        """Whether a client may be sampled in a round."""
+        return client not in self.newcomers and self.joins.get(client, 1) <= round_
+
+    @property
+    def finishing(self) -> Finish | None:
+        """What is done after the last round; newcomers need it, told or not."""
+        return self.finish or (Finish() if self.newcomers else None)
+
+    def check_clients(self, names: list[str]) -> None:
+        """Raise `PomonaError` for a client of `joins` or `newcomers` that the data do not have."""
+        for key, told in (("joins", self.joins), ("newcomers", self.newcomers)):
+            for name in told:
+                if name not in names:
+                    raise PomonaError(f'{key}: there is no client "{name}"; there are {names}')
+        if set(names) <= set(self.newcomers):
+            raise PomonaError("all clients are newcomers; nobody is left to federate")
