@@ -25,6 +25,7 @@ from pomona.federation.cohort import FrozenBase
 from pomona.federation.graft import Graft
 from pomona.federation.local import LocalTraining, Task, train_cohort
 from pomona.federation.measure import Evaluation, answers_of, loss_summary, losses_of, routing_of
+from pomona.federation.privacy import Privacy, epsilon, noise_key, protect
 from pomona.federation.sampling import participants
 from pomona.federation.strategies import FedAvg, Strategy
 from pomona.federation.update import ClientState, Update, join, split
@@ -54,6 +55,7 @@ class FederateSettings:
     strategy: Strategy = field(default_factory=FedAvg)
     local: LocalTraining = field(default_factory=LocalTraining)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    privacy: Privacy | None = None
 
     def __post_init__(self) -> None:
         for name in ("rounds", "cohort", "max_length"):
@@ -66,6 +68,8 @@ class FederateSettings:
                 f"evaluation new_tokens {self.evaluation.new_tokens} leave no room for a prompt in "
                 f"max_length {self.max_length}; make one smaller or the other larger"
             )
+        if self.privacy is not None:
+            self.privacy.check(self.strategy)
 
 
 @dataclass(frozen=True)
@@ -180,8 +184,9 @@ def _round(federation: _Federation, snapshot: Snapshot, round_: int) -> Snapshot
             if shared:
                 updates.append(Update(name, len(federation.train[name]), shared))
             metrics.append({"round": round_, "model": "training", "client": name, "losses": losses})
-    server = settings.strategy.aggregate(snapshot.server, updates)
-    metrics.append(_communication(round_, snapshot.server.shared, updates, len(chosen)))
+    protected, spent = _protect(federation, snapshot, updates, round_, len(chosen))
+    server = settings.strategy.aggregate(snapshot.server, protected)
+    metrics += [_communication(round_, snapshot.server.shared, updates, len(chosen)), *spent]
     trained = monotonic() - began
     if round_ % settings.evaluation.every == 0 or round_ == settings.rounds:
         metrics += _evaluate(federation, snapshot, private, server.shared, round_)
@@ -278,6 +283,30 @@ def _communication(
         "sent_bytes": size(sent) * clients,
         "received_bytes": sum(size(update.shared) for update in updates),
     }
+
+
+def _protect(
+    federation: _Federation,
+    snapshot: Snapshot,
+    updates: Sequence[Update],
+    round_: int,
+    sampled: int,
+) -> tuple[Sequence[Update], list[dict[str, Any]]]:
+    """Return what the server may see of the updates, and the ε that this has cost so far."""
+    settings, privacy = federation.settings, federation.settings.privacy
+    if privacy is None:
+        return updates, []
+    key, secret = noise_key(settings.seed)
+    spent = epsilon(privacy, round_, len(federation.train), sampled)
+    federation.progress(f"round {round_}: ε = {spent:.4g} at δ = {privacy.delta:g}", 0, 0)
+    line = {
+        "round": round_,
+        "model": "privacy",
+        "epsilon": spent,
+        "delta": privacy.delta,
+        "secret": secret,
+    }
+    return protect(privacy, snapshot.server.shared, updates, key, round_), [line]
 
 
 def _finish(federation: _Federation, snapshot: Snapshot) -> dict[str, Any]:
