@@ -289,6 +289,18 @@ def test_flexlora_survives_factors_that_are_zero():
     assert (found["q.lora_A"].norm(dim=1) > 0.5).all()
 
 
+@pytest.mark.parametrize("order", itertools.permutations(range(3)))
+def test_flexlora_knows_no_order_even_where_an_svd_leaves_everything_open(order):
+    """Of a product that is zero any basis would do; it is the same one bit for bit."""
+    sent = [
+        Update(u.client, u.rows, {**u.shared, "q.lora_B": torch.zeros(6, 3)}) for u in updates(3)
+    ]
+    forth = FlexLoRA().aggregate(ServerState(tensors(2)), sent).shared
+    assert same(
+        FlexLoRA().aggregate(ServerState(tensors(2)), [sent[i] for i in order]).shared, forth
+    )
+
+
 @given(
     out=st.integers(1, 9),
     stacked=st.integers(1, 12),
