@@ -24,6 +24,7 @@ from pomona.federation.cohort import FrozenBase
 from pomona.federation.graft import Graft
 from pomona.federation.local import Trained, train_cohort
 from pomona.federation.measure import answers_of, loss_summary, losses_of, routing_of
+from pomona.federation.privacy import epsilon, noise_key, protect
 from pomona.federation.sampling import participants, survivors
 from pomona.federation.settings import FederateSettings, Finish
 from pomona.federation.stage import Task
@@ -193,13 +194,15 @@ def _round(federation: _Federation, snapshot: Snapshot, round_: int) -> Snapshot
     updates: list[Update] = []
     metrics: list[dict[str, Any]] = []
     for name, trained in _train(federation, snapshot, answering, round_):
-        sent, private[name] = split(trained.state, strategy.shares, frozen_part(strategy))
-        if sent:
-            sent |= trained.report
-            updates.append(Update(name, len(federation.train[name]), sent))
+        shared, private[name] = split(trained.state, strategy.shares, frozen_part(strategy))
+        if shared:
+            shared |= trained.report
+            updates.append(Update(name, len(federation.train[name]), shared))
         metrics.append(_training_line(round_, name, trained))
-    server = strategy.aggregate(snapshot.server, updates)
-    metrics.append(_communication(round_, _sent(strategy, snapshot.server), updates, len(chosen)))
+    protected, spent = _protect(federation, snapshot, updates, round_, len(chosen))
+    server = strategy.aggregate(snapshot.server, protected)
+    sent = _sent(strategy, snapshot.server)
+    metrics += [_communication(round_, sent, updates, len(chosen)), *spent]
     return _committed(federation, snapshot, round_, server, private, metrics, began)
 
 
@@ -349,6 +352,30 @@ def _communication(
         "sent_bytes": size(sent) * clients,
         "received_bytes": sum(size(update.shared) for update in updates),
     }
+
+
+def _protect(
+    federation: _Federation,
+    snapshot: Snapshot,
+    updates: Sequence[Update],
+    round_: int,
+    sampled: int,
+) -> tuple[Sequence[Update], list[dict[str, Any]]]:
+    """Return what the server may see of the updates, and the ε that this has cost so far."""
+    settings, privacy = federation.settings, federation.settings.privacy
+    if privacy is None:
+        return updates, []
+    key, secret = noise_key(settings.seed)
+    spent = epsilon(privacy, round_, len(federation.train), sampled)
+    federation.progress(f"round {round_}: ε = {spent:.4g} at δ = {privacy.delta:g}", 0, 0)
+    line = {
+        "round": round_,
+        "model": "privacy",
+        "epsilon": spent,
+        "delta": privacy.delta,
+        "secret": secret,
+    }
+    return protect(privacy, snapshot.server.shared, updates, key, round_), [line]
 
 
 def _finish(federation: _Federation, snapshot: Snapshot) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 Progress: TypeAlias = Callable[[str, int, int], None]
-"""Called as `progress(stage, done, total)`."""
+"""Called as `progress(stage, done, total)`; a total of 0 makes `stage` a note that is shown once."""
 
 
 def silent(stage: str, done: int, total: int) -> None:

@@ -17,7 +17,7 @@ from pomona.data.texts import sample_windows
 from pomona.errors import PomonaError
 from pomona.federation.partition import PARTITIONS
 from pomona.federation.selection import SELECTIONS
-from pomona.federation.strategies import STRATEGIES
+from pomona.federation.strategies import STRATEGIES, Corrects
 from pomona.federation.update import Update
 from pomona.models.dense import dense_family
 from pomona.models.experts import find_expert_sites
@@ -51,12 +51,21 @@ def rows(count=40):
     return [Row(word_text(i, 4), "", word_text(i + 1, 2), "xyz"[i % 3]) for i in range(count)]
 
 
-def updates():
+SHAPES = {"p.lora_A": (2, 4), "p.lora_B": (3, 2), "q.lora_A": (2, 3), "q.lora_B": (5, 2)}
+
+
+def updates(strategy):
+    """What four clients send: a pair for two projections, and what the strategy adds."""
     generator = torch.Generator().manual_seed(0)
-    return [
-        Update(f"c{i}", i + 1, {n: torch.randn(2, 3, generator=generator) for n in ("p", "q")})
-        for i in range(4)
-    ]
+
+    def values():
+        return {n: torch.randn(shape, generator=generator) for n, shape in SHAPES.items()}
+
+    sent = [Update(f"c{i}", i + 1, values()) for i in range(4)]
+    if isinstance(strategy, Corrects):
+        for update in sent:
+            update.shared.update(strategy.report(strategy.birth(update.shared), values())[1])
+    return sent
 
 
 def test_registries_were_all_found():
@@ -182,8 +191,9 @@ def test_a_selection_names_one_expert_per_site_and_leaves_the_model(kind, family
 
 @pytest.mark.parametrize("kind", STRATEGIES)
 def test_a_strategy_knows_no_order_keeps_its_inputs_and_streams(kind):
-    strategy, sent = STRATEGIES[kind](), updates()
-    state = strategy.init({n: torch.zeros(2, 3) for n in ("p", "q")})
+    strategy = STRATEGIES[kind]()
+    sent = updates(strategy)
+    state = strategy.init({n: torch.zeros(shape) for n, shape in SHAPES.items()})
     kept = copy.deepcopy((state, sent))
     forth = strategy.aggregate(state, iter(sent))
     back = strategy.aggregate(state, reversed(sent))

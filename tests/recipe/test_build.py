@@ -310,7 +310,7 @@ def test_every_kind_of_a_federation_survives_dump_and_build(tmp_path):
         *(replace(plain, graft=Graft(selection=cls())) for cls in SELECTIONS.values()),
         *(replace(plain, template=cls()) for cls in TEMPLATES.values()),
     ]
-    assert len(made) == 3 + 3 + 2 + 2
+    assert len(made) == 15 + 3 + 2 + 2
     for settings in made:
         assert read(tmp_path, dump(settings)) == settings
     assert read(tmp_path, dump(replace(plain, graft=None))).graft is None

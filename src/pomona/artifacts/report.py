@@ -56,6 +56,7 @@ def page(runs: Sequence[FinishedRun]) -> str:
         _convergence(runs),
         _experts(runs),
         _communication(runs),
+        _privacy(runs),
         _origin(runs),
     ]
     return (
@@ -153,6 +154,32 @@ def _communication(runs: Sequence[FinishedRun]) -> str:
 def _bytes(run: FinishedRun) -> tuple[int, int]:
     lines = [m for m in run.metrics if m["model"] == "communication"]
     return sum(m["sent_bytes"] for m in lines), sum(m["received_bytes"] for m in lines)
+
+
+def _privacy(runs: Sequence[FinishedRun]) -> str:
+    """Tell what the shared part of every private run has cost, or nothing if none was private."""
+    spent = [(r, [m for m in r.metrics if m["model"] == "privacy"]) for r in runs]
+    body = [
+        [
+            run.method,
+            str(run.seed),
+            f"{lines[-1]['epsilon']:.3g}",
+            f"{lines[-1]['delta']:g}",
+            "a secret"
+            if all(line["secret"] for line in lines)
+            else "the recipe's seed (simulation)",
+        ]
+        for run, lines in spent
+        if lines
+    ]
+    if not body:
+        return ""
+    note = (
+        '<p class="soft">Of the shared part only; the recipe below says how it was accounted for. '
+        "From metrics.jsonl.</p>"
+    )
+    header = ["method", "seed", "ε", "δ", "noise drawn from"]
+    return f"<h2>Differential privacy</h2>{_table(header, body)}{note}"
 
 
 def _origin(runs: Sequence[FinishedRun]) -> str:

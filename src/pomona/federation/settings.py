@@ -11,6 +11,7 @@ from pomona.federation.clients import ClientData
 from pomona.federation.graft import Graft
 from pomona.federation.local import LocalTraining
 from pomona.federation.measure import Evaluation
+from pomona.federation.privacy import Privacy
 from pomona.federation.strategies import FedAvg, Strategy
 from pomona.models.lora import LoRA
 
@@ -67,6 +68,7 @@ class FederateSettings:
     local: LocalTraining = field(default_factory=LocalTraining)
     finish: Finish | None = None
     evaluation: Evaluation = field(default_factory=Evaluation)
+    privacy: Privacy | None = None
 
     def __post_init__(self) -> None:
         for name in ("rounds", "cohort", "max_length"):
@@ -81,6 +83,8 @@ class FederateSettings:
                 f"evaluation new_tokens {self.evaluation.new_tokens} leave no room for a prompt in "
                 f"max_length {self.max_length}; make one smaller or the other larger"
             )
+        if self.privacy is not None:
+            self.privacy.check(self.strategy)
         if self.pooled and (self.newcomers or self.joins):
             raise PomonaError("pooled rows are one client's; leave out newcomers and joins")
         for name, round_ in self.joins.items():

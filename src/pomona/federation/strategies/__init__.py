@@ -1,10 +1,13 @@
 """Federated algorithms, both halves of each in one file."""
 
+from pomona.federation.strategies.coordinate_wise import Median, TrimmedMean
 from pomona.federation.strategies.fedavg import FedAvg
 from pomona.federation.strategies.fedprox import FedProx
 from pomona.federation.strategies.fedsa_lora import FedSALoRA
 from pomona.federation.strategies.ffa_lora import FFALoRA
+from pomona.federation.strategies.flexlora import FlexLoRA
 from pomona.federation.strategies.flora import FLoRA
+from pomona.federation.strategies.krum import Krum
 from pomona.federation.strategies.local_only import LocalOnly, SharedFixed
 from pomona.federation.strategies.protocol import (
     Corrects,
@@ -14,11 +17,20 @@ from pomona.federation.strategies.protocol import (
     frozen_part,
 )
 from pomona.federation.strategies.scaffold import Scaffold
+from pomona.federation.strategies.server_optimisers import FedAdagrad, FedAdam, FedAvgM, FedYogi
 
 STRATEGIES: dict[str, type[Strategy]] = {
     "fedavg": FedAvg,
     "fedprox": FedProx,
+    "fedavgm": FedAvgM,
+    "fedadagrad": FedAdagrad,
+    "fedadam": FedAdam,
+    "fedyogi": FedYogi,
     "scaffold": Scaffold,
+    "median": Median,
+    "trimmed-mean": TrimmedMean,
+    "krum": Krum,
+    "flexlora": FlexLoRA,
     "ffa-lora": FFALoRA,
     "fedsa-lora": FedSALoRA,
     "flora": FLoRA,
@@ -30,14 +42,22 @@ __all__ = [
     "Corrects",
     "FFALoRA",
     "FLoRA",
+    "FedAdagrad",
+    "FedAdam",
     "FedAvg",
+    "FedAvgM",
     "FedProx",
     "FedSALoRA",
+    "FedYogi",
+    "FlexLoRA",
     "Freezes",
+    "Krum",
     "LocalOnly",
+    "Median",
     "Scaffold",
     "ServerState",
     "SharedFixed",
     "Strategy",
+    "TrimmedMean",
     "frozen_part",
 ]

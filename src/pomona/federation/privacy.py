@@ -1,0 +1,200 @@
+"""Differential privacy of what clients share: their updates are clipped, noised and accounted for.
+
+Dwork & Roth, "The Algorithmic Foundations of Differential Privacy", 2014; McMahan et al., "Learning
+Differentially Private Recurrent Language Models", ICLR 2018 (clipped updates, noise on their mean). The
+unit is a client with all its rows. docs/privacy.md says what this protects and what it does not.
+"""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pomona.errors import PomonaError
+from pomona.federation.strategies import (
+    FedAdagrad,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedProx,
+    FedYogi,
+    Strategy,
+)
+from pomona.federation.update import Update
+from pomona.seeds import torch_generator
+
+KEY = "POMONA_NOISE_KEY"
+_AVERAGING = (FedAvg, FedProx, FedAvgM, FedAdagrad, FedAdam, FedYogi)
+_Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """Clips every client's update to an L2 norm of `clip` over all its tensors and adds noise.
+
+    "central": the server adds Gaussian noise of deviation noise · clip / n to the mean of n clients.
+    "local": every client adds noise of deviation noise · clip to its own. Every client counts the
+    same: a weight by rows would let one move the mean by more than its share, and tell its rows.
+    ε is accounted for at `delta`. `sampling` says what an attacker knows of who took part: "known"
+    (everything: no amplification), "fixed" (nothing, a fixed number is drawn), "poisson" (as if every
+    client were drawn on its own, which the sampler does not do; for comparison with others' figures).
+    """
+
+    clip: float
+    noise: float
+    where: Literal["central", "local"] = "central"
+    delta: float = 1e-5
+    sampling: Literal["known", "fixed", "poisson"] = "known"
+
+    def __post_init__(self) -> None:
+        for name in ("clip", "noise"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise PomonaError(
+                    f"privacy {name} {getattr(self, name)} is not positive; use for example 1.0, or "
+                    "leave [privacy] out"
+                )
+        if not 0 < self.delta < 1:
+            raise PomonaError(
+                f"privacy delta {self.delta} is not between 0 and 1; use less than one divided by the "
+                "number of clients"
+            )
+        if self.where == "local" and self.sampling != "known":
+            raise PomonaError(
+                f'privacy sampling "{self.sampling}" does not go with where = "local": the server '
+                'sees who sent what; use "known"'
+            )
+
+    def check(self, strategy: Strategy) -> None:
+        """Raise `PomonaError` for a strategy that this cannot protect, a bad key or no accountant."""
+        name = type(strategy).__name__
+        if strategy.shares == "nothing":
+            raise PomonaError(f"{name} shares nothing that [privacy] could protect; leave it out")
+        if self.where == "central" and not isinstance(strategy, _AVERAGING):
+            known = ", ".join(kind.__name__ for kind in _AVERAGING)
+            raise PomonaError(
+                f"{name} looks at every update, but central privacy shows a strategy only their noised "
+                f'mean; use privacy where = "local", or one of {known}'
+            )
+        noise_key(0)
+        _accounting()
+
+
+def noise_key(seed: int) -> tuple[str, bool]:
+    """Return what noise is drawn from, and whether it is a secret.
+
+    The environment variable POMONA_NOISE_KEY if it is set: a recipe is copied into run folders and
+    reports, so a secret has no place in it. Otherwise the recipe's seed: a simulation, which anybody
+    who has the recipe can take the noise off again.
+    """
+    key = os.environ.get(KEY, "")
+    if not key:
+        return f"seed {seed}", False
+    if len(key) < 16:
+        raise PomonaError(f"{KEY} is too short to be a secret; give it 16 characters or more")
+    return f"{key} {seed}", True
+
+
+def protect(
+    privacy: Privacy, sent: Mapping[str, Tensor], updates: Sequence[Update], key: str, round_: int
+) -> list[Update]:
+    """Return what the server may aggregate: one noised mean, or every update clipped and noised.
+
+    `sent` is what the clients started from. Noise is a function of (key, round, client).
+    """
+    if not updates:
+        return []
+    if privacy.where == "local":
+        own = [(u.client, clipped(sent, u, privacy.clip)) for u in updates]
+        return [
+            Update(client, 1, _moved(sent, _noised(change, privacy, 1, key, round_, client)))
+            for client, change in own
+        ]
+    total: _Tensors = {}
+    for update in sorted(updates, key=lambda update: update.client):
+        for name, change in clipped(sent, update, privacy.clip).items():
+            total[name] = total[name] + change if name in total else change
+    mean = {name: change / len(updates) for name, change in total.items()}
+    noised = _noised(mean, privacy, len(updates), key, round_, "the server")
+    return [Update(f"mean of {len(updates)} clients", 1, _moved(sent, noised))]
+
+
+def clipped(sent: Mapping[str, Tensor], update: Update, clip: float) -> _Tensors:
+    """Return a client's change in float64, scaled so that its norm over all tensors is at most `clip`."""
+    change: _Tensors = {}
+    for name in sorted(update.shared):
+        if name not in sent or update.shared[name].shape != sent[name].shape:
+            raise PomonaError(
+                f'client "{update.client}" sent {name} unlike what it was sent, so its change has no '
+                "norm to clip; use a strategy that keeps names and shapes, or leave [privacy] out"
+            )
+        change[name] = update.shared[name].double() - sent[name].double()
+    norm = torch.stack([value.square().sum() for value in change.values()]).sum().sqrt().item()
+    if not math.isfinite(norm):
+        raise PomonaError(
+            f'client "{update.client}" sent values that are not finite; lower local.learning_rate'
+        )
+    factor = min(1.0, clip / norm) if norm > 0 else 1.0
+    return {name: value * factor for name, value in change.items()}
+
+
+def _noised(
+    change: _Tensors, privacy: Privacy, clients: int, key: str, round_: int, client: str
+) -> _Tensors:
+    generator = torch_generator(key, "privacy", privacy.where, round_, client)
+    deviation = privacy.noise * privacy.clip / clients
+    return {
+        name: value
+        + deviation
+        * torch.randn(value.shape, generator=generator, dtype=value.dtype).to(value.device)
+        for name, value in change.items()
+    }
+
+
+def _moved(sent: Mapping[str, Tensor], change: _Tensors) -> _Tensors:
+    return {name: (sent[name].double() + by).to(sent[name].dtype) for name, by in change.items()}
+
+
+def epsilon(privacy: Privacy, rounds: int, clients: int, sampled: int) -> float:
+    """Return ε at the privacy's delta after `rounds` rounds with `sampled` of `clients` in each.
+
+    What neighbours are: central and "known", a client's change and none at all; "poisson", a client
+    more or fewer; "fixed" and local, any change in place of another, which is twice as far. A client
+    counts as taking part in every round where nobody knows better, so that ε holds for each.
+    """
+    library = _accounting()
+    twice = privacy.where == "local" or privacy.sampling == "fixed"
+    multiplier = privacy.noise / 2 if twice else privacy.noise
+    # Rounds of Gaussian noise on the same client are one with less noise: σ / √rounds.
+    plain = float(library.get_epsilon_gaussian(multiplier / math.sqrt(rounds), privacy.delta))
+    if privacy.sampling == "known" or sampled == clients:
+        return plain
+    gaussian = library.GaussianDpEvent(multiplier)
+    if privacy.sampling == "fixed":
+        accountant = library.rdp.RdpAccountant(
+            neighboring_relation=library.NeighboringRelation.REPLACE_ONE
+        )
+        event = library.SampledWithoutReplacementDpEvent(clients, sampled, gaussian)
+    else:  # finer than ε / 100,000 costs memory and shows in no figure
+        accountant = library.pld.PLDAccountant(value_discretization_interval=max(1e-4, plain / 1e5))
+        event = library.PoissonSampledDpEvent(sampled / clients, gaussian)
+    accountant.compose(event, rounds)
+    return min(plain, float(accountant.get_epsilon(privacy.delta)))
+
+
+def _accounting() -> ModuleType:
+    """Google's differential-privacy accounting, which only a private run needs."""
+    try:
+        for part in ("pld", "rdp"):
+            import_module(f"dp_accounting.{part}")
+        return import_module("dp_accounting")
+    except ModuleNotFoundError as error:
+        raise PomonaError(
+            f"[privacy] needs Google's dp-accounting ({error.name} is not installed); run pip install "
+            "'pomona[privacy]'"
+        ) from error
