@@ -22,7 +22,7 @@ from pomona.data.templates import Alpaca, Template
 from pomona.errors import PomonaError
 from pomona.federation.clients import ClientData, ClientRows
 from pomona.federation.cohort import FrozenBase
-from pomona.federation.graft import Graft
+from pomona.federation.graft import Graft, choose_experts
 from pomona.federation.local import LocalTraining, Task, train_cohort
 from pomona.federation.measure import Evaluation, answers_of, loss_summary, losses_of, routing_of
 from pomona.federation.sampling import participants
@@ -156,14 +156,14 @@ def _begin(federation: _Federation) -> Snapshot:
     return federation.run.commit(None, 0, settings.strategy.init(shared), clients, metrics)
 
 
-def _select(federation: _Federation, name: str) -> list[int]:
+def _select(federation: _Federation, name: str) -> list[list[int]]:
     """Choose from the client's own training rows and nothing else."""
     graft, examples = federation.settings.graft, federation.train[name]
     if graft is None:
         return []
     batches = [collate(examples[i : i + 8], federation.pad_id) for i in range(0, len(examples), 8)]
     seed = seed_of(federation.settings.seed, "selection", name)
-    return graft.selection(federation.base.model, federation.base.sites, batches, seed)
+    return choose_experts(federation.base.model, federation.base.sites, graft, batches, seed)
 
 
 def _round(federation: _Federation, snapshot: Snapshot, round_: int) -> Snapshot:

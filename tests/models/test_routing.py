@@ -121,7 +121,7 @@ def test_layers_of_different_width_are_filled_with_zeros():
     with count_routing(sites, num_clients=2) as counts:
         for site in sites:
             site.experts(torch.zeros(4, HIDDEN), index, torch.ones(4, 1))
-            site.experts(torch.zeros(4, HIDDEN), top_k_index=index, top_k_weights=None)
+            site.experts(torch.zeros(4, HIDDEN), top_k_index=index, top_k_weights=torch.ones(4, 1))
     assert counts.counts_LCE.tolist() == [[[2, 2, 0, 0, 0], [0, 4, 0, 0, 0]]] * 2
 
 
