@@ -108,8 +108,8 @@ def test_silent_birth_of_every_kind_of_graft(family, graft):
     assert not torch.equal(logits(base, moved), plain)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "deepseek_v2", "gpt_oss"])
-@pytest.mark.parametrize("graft", DELTAS.values(), ids=DELTAS)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("graft", [GRAFT, *DELTAS.values()], ids=["one", *DELTAS])
 def test_silent_birth_on_a_bfloat16_base(family, graft):
     base = base_of(family, graft)
     base.model.bfloat16()
