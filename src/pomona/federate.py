@@ -21,7 +21,7 @@ from pomona.data.examples import Example, collate, encode, padding_id
 from pomona.errors import PomonaError
 from pomona.federation.clients import ClientRows
 from pomona.federation.cohort import FrozenBase
-from pomona.federation.graft import Graft
+from pomona.federation.graft import Graft, choose_experts
 from pomona.federation.local import Trained, train_cohort
 from pomona.federation.measure import answers_of, loss_summary, losses_of, routing_of
 from pomona.federation.privacy import epsilon, noise_key, protect
@@ -173,14 +173,14 @@ def _first_adapter(federation: _Federation) -> dict[str, Tensor]:
     return {name: tensors[name].float() for name in newborn}
 
 
-def _select(federation: _Federation, name: str) -> list[int]:
+def _select(federation: _Federation, name: str) -> list[list[int]]:
     """Choose from the client's own training rows and nothing else."""
     graft, examples = federation.settings.graft, federation.train[name]
     if graft is None:
         return []
     batches = [collate(examples[i : i + 8], federation.pad_id) for i in range(0, len(examples), 8)]
     seed = seed_of(federation.settings.seed, "selection", name)
-    return graft.selection(federation.base.model, federation.base.sites, batches, seed)
+    return choose_experts(federation.base.model, federation.base.sites, graft, batches, seed)
 
 
 def _round(federation: _Federation, snapshot: Snapshot, round_: int) -> Snapshot:

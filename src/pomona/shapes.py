@@ -3,7 +3,7 @@
 B rows of a batch · T tokens per row · N tokens in all (B·T, rows after one another) · S tokens per
 client (N/C) · D model width · F dense FFN width · W kept width per expert · E experts per layer ·
 K experts per token · L layers · V vocabulary · M calibration domains · C clients · R LoRA rank ·
-Z labelled tokens of a batch
+Z labelled tokens of a batch · G grafts per layer · n tokens that are sent to one expert
 
 `keep_LEW` is a tensor [L, E, W]. Suffixes never appear on parameters or in checkpoints. The aliases
 below are checked at run time in tests only (`pytest

@@ -176,17 +176,23 @@ def test_a_router_gives_finite_rows_that_repeat(kind, calibration, windows):
 
 @pytest.mark.parametrize("kind", SELECTIONS)
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
-def test_a_selection_names_one_expert_per_site_and_leaves_the_model(kind, family):
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_a_selection_names_distinct_experts_per_site_and_leaves_the_model(kind, family, count):
     model = FAMILIES[family]()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     sites = find_expert_sites(model)
     batch = collate([Example((3, 4, 5, 6, 7, 8), 2), Example((9, 8, 7), 1)], 0)
-    chosen, again = (SELECTIONS[kind]()(model, sites, [batch], 5) for _ in range(2))
+    chosen, again = (SELECTIONS[kind]()(model, sites, [batch], 5, count) for _ in range(2))
     assert chosen == again
     assert len(chosen) == len(sites)
-    assert all(0 <= e < site.num_experts for e, site in zip(chosen, sites, strict=True))
+    for own, site in zip(chosen, sites, strict=True):
+        assert len(set(own)) == len(own) == count
+        assert all(0 <= expert < site.num_experts for expert in own)
+    first = SELECTIONS[kind]()(model, sites, [batch], 5, 1)
+    assert [own[:1] for own in chosen] == first, "the best one stays the best of several"
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert not any(site.experts._forward_hooks for site in sites)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize("kind", STRATEGIES)

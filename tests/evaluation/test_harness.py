@@ -86,7 +86,7 @@ def test_the_personal_model_is_what_is_measured(moe_dir, questions, tmp_path):
     """A graft of large weights: its accuracies are those of its logits, and not the base's."""
     model = load_model(moe_dir, "float32")
     base = FrozenBase(model, LoRA(), Graft(rank=2), tuple(find_expert_sites(model)))
-    grafted = base.init_graft(0, "pears", [0, 1])
+    grafted = base.init_graft(0, "pears", [[0], [1]])
     generator = torch.Generator().manual_seed(5)
     for name, value in grafted.items():
         if value.is_floating_point():

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, double
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +16,7 @@ from pomona.federation.strategies import STRATEGIES, FedAvg, FedProx, LocalOnly
 from pomona.federation.update import ClientState, Update, join, split, stack, unstack
 from pomona.models.experts import find_expert_sites, freeze
 from pomona.models.lora import LoRA, find_projections
+from pomona.training.loop import AdamW
 
 TOKENS = torch.randint(3, 60, (4, 12), generator=torch.Generator().manual_seed(7))
 GRAFT = Graft(rank=2)
@@ -34,7 +35,11 @@ def base_of(family: str, graft: Graft = GRAFT) -> FrozenBase:
 
 
 def newborn(base: FrozenBase, client: str, experts: int = 0) -> ClientState:
-    chosen = [(experts + i) % site.num_experts for i, site in enumerate(base.sites)]
+    count = base.graft.count if base.graft else 1
+    chosen = [
+        [(experts + i + 2 * g) % site.num_experts for g in range(count)]
+        for i, site in enumerate(base.sites)
+    ]
     return ClientState(base.init_adapter(0), base.init_graft(0, client, chosen))
 
 
@@ -80,6 +85,69 @@ def test_silent_birth_equals_the_base_bit_for_bit(family, gate):
     assert not torch.equal(logits(base, grown(cohort, 1)), plain)
 
 
+# Every way to hang a graft on a layer whose birth promises to be silent, beside the gate's two starts.
+DELTAS = {
+    "three per layer": Graft(rank=2, count=3),
+    "no gate": Graft(rank=2, gate="none"),
+    "resident": Graft(rank=2, gate="resident"),
+    "full": Graft(weights="full", bias=True),
+    "full, resident, two": Graft(weights="full", gate="resident", count=2),
+    "full, no gate, two": Graft(weights="full", gate="none", count=2),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("graft", DELTAS.values(), ids=DELTAS)
+def test_silent_birth_of_every_kind_of_graft(family, graft):
+    base = base_of(family, graft)
+    cohort = stack([newborn(base, "a", 1), newborn(base, "b", 2)])
+    plain = logits(base, ClientState())
+    assert torch.equal(logits(base, cohort), plain)
+    assert torch.equal(logits(base, stack([newborn(base, "a", 1)])), plain)
+    moved = ClientState(graft=grown(cohort, 1).graft)
+    assert not torch.equal(logits(base, moved), plain)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("graft", [GRAFT, *DELTAS.values()], ids=["one", *DELTAS])
+def test_silent_birth_on_a_bfloat16_base(family, graft):
+    base = base_of(family, graft)
+    base.model.bfloat16()
+    plain = logits(base, ClientState())
+    assert plain.dtype == torch.bfloat16
+    assert torch.equal(logits(base, stack([newborn(base, "a", 1), newborn(base, "b")])), plain)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("weights", ["lora", "full"])
+def test_a_resident_gate_is_training_the_expert_itself(family, weights):
+    """The delta form under the router's own weight equals W + ΔW written into the model, in float64."""
+    model = double(family)
+    freeze(model)
+    graft = Graft(rank=2, gate="resident", weights=weights, count=2)
+    base = FrozenBase(model, LoRA(2, 4.0), graft, tuple(find_expert_sites(model)))
+    chosen = [[1, 3] for _ in base.sites]
+    state = grown(ClientState(graft=base.init_graft(0, "a", chosen)), 3)
+    own = {n: v.double() if v.is_floating_point() else v for n, v in state.graft.items()}
+    plain = logits(base, ClientState())
+    grafted = logits(base, stack([ClientState(graft=own)]))
+    for site in base.sites:
+        for place, expert in enumerate([1, 3]):
+            dense = site.expert(expert)  # views of the fused weights
+            for part in ("gate", "up", "down"):
+                name = f"{site.name}.{place}.{part}"
+                if weights == "lora":
+                    change = graft.scaling * own[f"{name}.lora_B"] @ own[f"{name}.lora_A"]
+                else:
+                    change = own[f"{name}.delta"]
+                getattr(dense, part).add_(change)
+                if f"{name}.delta_bias" in own:
+                    getattr(dense, f"{part}_bias").add_(own[f"{name}.delta_bias"])
+    merged = logits(base, ClientState())
+    assert not torch.allclose(grafted, plain, rtol=1e-3)
+    torch.testing.assert_close(grafted, merged, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_base_keeps_its_names_and_comes_back(family):
     base = base_of(family)
@@ -92,12 +160,33 @@ def test_base_keeps_its_names_and_comes_back(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_cohort_equals_its_clients_one_by_one(family):
-    base = base_of(family)
+    check_cohort(base_of(family), AdamW())
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "gpt_oss", "lfm2_moe"])
+@pytest.mark.parametrize(
+    "graft",
+    [
+        *DELTAS.values(),
+        Graft(rank=2, form="copy", gate="zero", bias=True),
+        Graft(form="copy", weights="full", count=2),
+    ],
+    ids=[*DELTAS, "copy with a bias", "two full copies"],
+)
+def test_a_cohort_of_every_kind_of_graft(family, graft):
+    """AdamW's first steps are the sign of a gradient, even of one that is zero but for rounding.
+
+    Among all the weights of an expert there are such; a larger epsilon lets them rest.
+    """
+    check_cohort(base_of(family, graft), AdamW(epsilon=1e-5))
+
+
+def check_cohort(base: FrozenBase, optimiser: AdamW) -> None:
     tasks = [
         Task(f"client {c}", grown(newborn(base, f"client {c}", c % 2), c), examples(c))
         for c in range(3)
     ]
-    training = LocalTraining(steps=2, batch=2, learning_rate=1e-3)
+    training = LocalTraining(steps=2, batch=2, learning_rate=1e-3, optimiser=optimiser)
 
     def trained(group):
         return train_cohort(base, group, training, FedProx(0.1), 0, 1, 2, 0)

@@ -3,7 +3,7 @@ import torch
 from families import EXPERTS, FAMILIES, HIDDEN, TOP_K, VOCABULARY
 
 from pomona.models.experts import ExpertSite, enable_checkpointing, find_expert_sites, freeze
-from pomona.models.routing import count_routing
+from pomona.models.routing import count_routing, experts_call
 
 CLIENTS, ROWS, LENGTH = 3, 2, 6
 
@@ -121,8 +121,23 @@ def test_layers_of_different_width_are_filled_with_zeros():
     with count_routing(sites, num_clients=2) as counts:
         for site in sites:
             site.experts(torch.zeros(4, HIDDEN), index, torch.ones(4, 1))
-            site.experts(torch.zeros(4, HIDDEN), top_k_index=index, top_k_weights=None)
+            site.experts(torch.zeros(4, HIDDEN), top_k_index=index, top_k_weights=torch.ones(4, 1))
     assert counts.counts_LCE.tolist() == [[[2, 2, 0, 0, 0], [0, 4, 0, 0, 0]]] * 2
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("hidden_states", "top_k_index", "top_k_weights"),
+        ("hidden_states", "router_indices", "routing_weights"),
+    ],
+)
+def test_a_call_is_read_by_place_and_by_name(names):
+    call = torch.zeros(4, HIDDEN), torch.zeros(4, 2, dtype=torch.int64), torch.ones(4, 2)
+    for by_place in range(4):
+        named = dict(zip(names[by_place:], call[by_place:], strict=True))
+        found = experts_call(call[:by_place], named)
+        assert all(value is given for value, given in zip(found, call, strict=True))
 
 
 def test_tokens_that_do_not_split_among_the_clients():

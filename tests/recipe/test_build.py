@@ -133,6 +133,11 @@ def complaint(folder: Path, text: str) -> str:
             'graft: selection: unknown key "rows"',
             ["it takes none"],
         ),
+        (
+            GOOD + DATA + '[graft.selection]\nkind = "same"\nrows = 1\n',
+            'graft: selection: unknown key "rows"',
+            ["valid keys are draw, expert"],
+        ),
     ],
 )
 def test_an_unknown_key_is_named_and_the_valid_ones_listed(tmp_path, text, named, listed):
@@ -167,6 +172,13 @@ def test_an_unknown_key_is_named_and_the_valid_ones_listed(tmp_path, text, named
         ),
         ("local = {optimiser = {beta1 = nan}}\n", ["local: optimiser: beta1", "nan", "finite"]),
         ("local = {optimiser = {clip = -1.0}}\n", ["local: optimiser: clip -1.0 is negative"]),
+        ("graft = {count = 0}\n", ["graft: graft count 0", "1 or more"]),
+        ("graft = {count = 1.5}\n", ["graft: count is 1.5", "integer"]),
+        ('graft = {weights = "half"}\n', ["graft: weights is 'half'", "'lora'", "'full'"]),
+        ('graft = {gate = "ajar"}\n', ["graft: gate is 'ajar'", "'none'", "'resident'"]),
+        ('graft = {gate = "none", bias = true}\n', ["graft: graft bias", "leave bias out"]),
+        ('graft = {selection = {kind = "greedy", rows = 0}}\n', ["selection rows 0", "128"]),
+        ('graft = {selection = {kind = "same", expert = -1}}\n', ["selection expert -1", "from 0"]),
         ("adapter = {alpha = inf}\n", ["adapter: alpha", "inf", "finite"]),
         ('template = {kind = "chat", system = 3}\n', ["template: system is 3", "string"]),
         ('template = {kind = "alpaca", system = "x"}\n', ['template: unknown key "system"']),
@@ -310,7 +322,7 @@ def test_every_kind_of_a_federation_survives_dump_and_build(tmp_path):
         *(replace(plain, graft=Graft(selection=cls())) for cls in SELECTIONS.values()),
         *(replace(plain, template=cls()) for cls in TEMPLATES.values()),
     ]
-    assert len(made) == 15 + 3 + 2 + 2
+    assert len(made) == sum(map(len, (STRATEGIES, PARTITIONS, SELECTIONS, TEMPLATES))) >= 14
     for settings in made:
         assert read(tmp_path, dump(settings)) == settings
     assert read(tmp_path, dump(replace(plain, graft=None))).graft is None
@@ -323,7 +335,7 @@ def test_fields_that_differ_from_the_defaults_survive_dump_and_build(tmp_path):
         seed=7,
         fraction=0.25,
         dtype="bfloat16",
-        graft=Graft(selection=RandomExpert(), form="copy", gate="zero", bias=True, rank=3),
+        graft=Graft(RandomExpert(), 3, "copy", gate="zero", bias=True, weights="full", rank=3),
         strategy=FedProx(0.5),
     )
     assert read(tmp_path, dump(settings)) == settings

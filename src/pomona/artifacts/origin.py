@@ -124,4 +124,6 @@ def _fingerprint(base: FrozenBase) -> dict[str, str]:
 def _selected(base: FrozenBase, graft: Mapping[str, Tensor]) -> dict[str, str]:
     if not graft:
         return {}
-    return {"selected": experts_fingerprint(base.sites, selected_experts(base.sites, graft))}
+    chosen = selected_experts(base.sites, graft)
+    sites = [site for site, own in zip(base.sites, chosen, strict=True) for _ in own]
+    return {"selected": experts_fingerprint(sites, [expert for own in chosen for expert in own])}

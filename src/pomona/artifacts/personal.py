@@ -10,7 +10,7 @@ from pomona.artifacts.graft_format import read_graft
 from pomona.artifacts.origin import check_base
 from pomona.errors import PomonaError
 from pomona.federation.cohort import FrozenBase
-from pomona.federation.graft import selected_experts
+from pomona.federation.graft import check_count, selected_experts
 from pomona.federation.update import ClientState
 from pomona.models.experts import ExpertSite, find_expert_sites, freeze
 from pomona.models.loading import load_model
@@ -52,7 +52,7 @@ def open_personal(personal: PersonalModel) -> tuple[FrozenBase, ClientState]:
     if adapter is not None:
         _check_fits(shared, base.init_adapter(0), adapter, source)
     if graft is not None:
-        _check_fits(private, base.init_graft(0, "", [0] * len(sites)), graft, source)
+        _check_fits(private, _any_graft(base, graft, source), graft, source)
         _check_experts(private, sites, graft, source)
     if personal.personal is not None:
         _check_fits(own, base.init_personal(0, ""), personal.personal, source)
@@ -73,13 +73,24 @@ def _check_fits(
             )
 
 
+def _any_graft(base: FrozenBase, folder: Path, source: str) -> dict[str, Tensor]:
+    """Return a newborn graft with the folder's settings: the names and shapes that fit the base."""
+    assert base.graft is not None
+    try:
+        check_count(base.sites, base.graft)
+    except PomonaError as error:
+        raise PomonaError(f"{folder} does not belong to {source}: {error}") from error
+    return base.init_graft(0, "", [[0] * base.graft.count] * len(base.sites))
+
+
 def _check_experts(
     graft: Mapping[str, Tensor], sites: Sequence[ExpertSite], folder: Path, source: str
 ) -> None:
-    for site, expert in zip(sites, selected_experts(sites, graft), strict=True):
-        if not 0 <= expert < site.num_experts:
+    for site, chosen in zip(sites, selected_experts(sites, graft), strict=True):
+        wrong = next((e for e in chosen if not 0 <= e < site.num_experts), None)
+        if wrong is not None:
             raise PomonaError(
-                f"{folder} does not belong to {source}: it grew from expert {expert} of "
+                f"{folder} does not belong to {source}: it grew from expert {wrong} of "
                 f"{site.name}, which has {site.num_experts}"
             )
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pomona.evaluation.experts import expert_load
 from pomona.evaluation.loss import perplexity
@@ -43,7 +44,7 @@ class _Results:
     base: _Model
     shared: _Model | None
     personal: _Model | None
-    selection: dict[str, list[int]] | None
+    selection: dict[str, list[int | list[int]]] | None
     gate_openness: dict[str, list[float]] | None
     routing: dict[str, _Routing]
     files: dict[str, str]
@@ -75,7 +76,7 @@ def assemble_results(
     grafted = {name: own.graft for name, own in private.items() if own.graft}
     return {
         **{model: _of_model([a for a in answers if a["model"] == model]) for model in MODELS},
-        "selection": {n: selected_experts(sites, graft) for n, graft in grafted.items()} or None,
+        "selection": {n: _selection(sites, graft) for n, graft in grafted.items()} or None,
         "gate_openness": {line["client"]: line["openness"] for line in routing if line["openness"]}
         or None,
         "routing": {
@@ -114,3 +115,8 @@ def _routing(lines: Sequence[Mapping[str, Any]], sites: Sequence[ExpertSite]) ->
     counts_LCE = torch.tensor([line["counts"] for line in lines]).transpose(0, 1)
     load = expert_load(counts_LCE.sum(1), [site.num_experts for site in sites])
     return {"load": load.share_LE.tolist(), "entropy": load.entropy_L.tolist()}
+
+
+def _selection(sites: Sequence[ExpertSite], graft: Mapping[str, Tensor]) -> list[int | list[int]]:
+    """Return the expert of every layer, or its experts where there are several grafts."""
+    return [own[0] if len(own) == 1 else own for own in selected_experts(sites, graft)]

@@ -28,8 +28,10 @@ class FrozenBase:
         """Return a fresh adapter, the same for everybody who gives the same seed."""
         return init_lora(self.model, self.lora, torch_generator(seed, "adapter"))
 
-    def init_graft(self, seed: int, client: str, experts: Sequence[int]) -> dict[str, Tensor]:
-        """Return a client's newborn graft on the chosen experts; empty when nothing is grafted."""
+    def init_graft(
+        self, seed: int, client: str, experts: Sequence[Sequence[int]]
+    ) -> dict[str, Tensor]:
+        """Return a client's newborn grafts on each site's chosen experts, if anything is grafted."""
         if self.graft is None:
             return {}
         generator = torch_generator(seed, "graft", client)

@@ -1,92 +1,176 @@
-"""One private expert with a sigmoid gate, grafted into every MoE layer.
+"""Private experts with a gate of their own, grafted into every MoE layer.
 
 FLEx (arXiv 2506.00965, section 3): the layer's output gains σ(⟨w, x⟩ + b) · E_p(x), where the
-private expert E_p starts as a selected pretrained expert and is trained by LoRA. The copy costs no
-memory: only the resident expert's index and the LoRA factors are kept, and the hook computes the copy
-through the resident weights.
+private expert E_p starts as a selected pretrained expert. The copy costs no memory: only the resident
+expert's index and what is trained (LoRA, or whole differences) are kept, and the hook computes the
+copy through the resident weights.
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import reduce
 from math import isfinite
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
+from pomona.data.examples import Batch
 from pomona.errors import PomonaError
+from pomona.federation.private_expert import PrivateExpert
 from pomona.federation.selection import Selection
 from pomona.federation.selection.reconstruction import Reconstruction
 from pomona.models.attachment import Attachment
 from pomona.models.experts import ExpertSite
-from pomona.models.lora import low_rank, low_rank_pair
+from pomona.models.lora import low_rank_pair
+from pomona.models.routing import experts_call
 
 GraftForm = Literal["delta", "copy"]
-GateStart = Literal["router", "zero"]
+GraftGate = Literal["router", "zero", "none", "resident"]
+GraftWeights = Literal["lora", "full"]
+_CHOICES = (("form", GraftForm), ("gate", GraftGate), ("weights", GraftWeights))
 
 
 @dataclass(frozen=True)
 class Graft:
-    """How a private expert is born and trained.
+    """How private experts are born and trained; `count` of them in every MoE layer.
 
     `form` "delta" adds σ(g) · (E_p(x) − E_e(x)): the grafted model equals the base exactly until
     training moves it, and it exports as one gated expert of twice the width. "copy" adds σ(g) · E_p(x)
-    as published: the model jumps at birth. `gate` says where w starts: the selected expert's router
-    row ("router", as published) or zero. `bias` trains b too; without it the gate is what Qwen2-MoE's
-    shared expert has.
+    as published: the model jumps at birth.
+
+    `gate` "router" and "zero" train the gate vector w from the selected expert's router row (as
+    published) or from zero; `bias` trains b too; without it the gate is what Qwen2-MoE's shared expert
+    has. "none" weighs every token by one, and "resident" by the router's own weight for the selected
+    expert, zero where a token is not routed to it: in the delta form that is exactly training the
+    selected expert itself.
+
+    `weights` "lora" trains LoRA of `rank` and `alpha` on gate, up and down (and on no bias); "full" a
+    private copy of the whole expert, biases included, kept as its difference from the resident, so that
+    weight decay pulls towards the resident and `rank` and `alpha` have no meaning.
     """
 
     selection: Selection = field(default_factory=Reconstruction)
+    count: int = 1
     form: GraftForm = "delta"
-    gate: GateStart = "router"
+    gate: GraftGate = "router"
     bias: bool = False
+    weights: GraftWeights = "lora"
     rank: int = 8
     alpha: float = 16.0
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise PomonaError(f"graft rank {self.rank} is not positive; use 1 or more")
+        for name in ("count", "rank"):
+            if getattr(self, name) < 1:
+                raise PomonaError(
+                    f"graft {name} {getattr(self, name)} is not positive; use 1 or more"
+                )
         if not isfinite(self.alpha):
             raise PomonaError(f"graft alpha {self.alpha} is not finite; use for example 16")
-        for name, kinds in (("form", GraftForm), ("gate", GateStart)):
+        for name, kinds in _CHOICES:
             if getattr(self, name) not in get_args(kinds):
                 known = ", ".join(get_args(kinds))
                 raise PomonaError(
                     f'graft {name} "{getattr(self, name)}" is unknown; use one of {known}'
                 )
+        if self.bias and not self.trains_gate:
+            raise PomonaError(
+                f'graft bias needs a gate that is trained, and gate "{self.gate}" is not; leave bias '
+                'out, or use gate "router" or "zero"'
+            )
 
     @property
     def scaling(self) -> float:
         """The factor alpha / rank in front of every B · A."""
         return self.alpha / self.rank
 
+    @property
+    def trains_gate(self) -> bool:
+        """Whether a gate vector is part of the graft."""
+        return self.gate in ("router", "zero")
+
+
+def choose_experts(
+    model: nn.Module,
+    sites: Sequence[ExpertSite],
+    graft: Graft,
+    batches: Sequence[Batch],
+    seed: int,
+) -> list[list[int]]:
+    """Return the experts that a client's grafts grow from, `count` distinct ones per site.
+
+    Raises `PomonaError` when a layer has fewer experts, or a selection rule from outside gives others
+    than it was asked for.
+    """
+    check_count(sites, graft)
+    chosen = graft.selection(model, sites, batches, seed, graft.count)
+    for site, own in zip(sites, chosen, strict=True):
+        if len(set(own)) != graft.count or not all(0 <= e < site.num_experts for e in own):
+            raise PomonaError(
+                f"{type(graft.selection).__name__} chose the experts {own} of {site.name}; a selection "
+                f"rule gives {graft.count} distinct ones of its {site.num_experts}"
+            )
+    return chosen
+
+
+def check_count(sites: Sequence[ExpertSite], graft: Graft) -> None:
+    """Raise `PomonaError` when a layer has fewer experts than there are to be grafts."""
+    for site in sites:
+        if graft.count > site.num_experts:
+            raise PomonaError(
+                f"graft count {graft.count} is more than the {site.num_experts} experts of "
+                f"{site.name}; use at most that many"
+            )
+
 
 def init_graft(
-    sites: Sequence[ExpertSite], graft: Graft, experts: Sequence[int], generator: torch.Generator
+    sites: Sequence[ExpertSite],
+    graft: Graft,
+    experts: Sequence[Sequence[int]],
+    generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """Return one client's private tensors; `experts` holds the chosen expert of every site.
+    """Return one client's private tensors; `experts` holds the chosen experts of every site.
 
-    Per site NAME: `NAME.expert` (int64 scalar), `NAME.gate` [D], with a bias `NAME.gate_bias` [], and
-    LoRA pairs `NAME.{gate,up,down}.lora_{A,B}`; float32.
+    Per site NAME (with several grafts NAME.0, NAME.1, …): `NAME.expert` (int64 scalar); with a trained
+    gate `NAME.gate` [D] and, with a bias, `NAME.gate_bias` []; LoRA pairs
+    `NAME.{gate,up,down}.lora_{A,B}`, or `NAME.{gate,up,down}.delta` [out, in] and, where the family's
+    experts have biases, `.delta_bias` [out]; float32.
     """
     tensors: dict[str, Tensor] = {}
-    for site, expert in zip(sites, experts, strict=True):
-        row_D = site.router_row(expert) if graft.gate == "router" else None
-        own = {
-            "expert": torch.tensor(expert),
-            "gate": torch.zeros(site.hidden_size)
-            if row_D is None
-            else row_D.detach().float().cpu().clone(),
-        }
-        if graft.bias:
-            own["gate_bias"] = torch.zeros(())
-        for part, (size_in, size_out) in _sizes(site).items():
-            pair = low_rank_pair(size_in, size_out, graft.rank, generator)
-            own |= {f"{part}.{factor}": value for factor, value in pair.items()}
-        tensors |= {f"{site.name}.{name}": value for name, value in own.items()}
+    for site, chosen in zip(sites, experts, strict=True):
+        for prefix, expert in zip(_prefixes(site, graft.count), chosen, strict=True):
+            own = _newborn(site, graft, expert, generator)
+            tensors |= {f"{prefix}{name}": value for name, value in own.items()}
     return tensors
+
+
+def _prefixes(site: ExpertSite, count: int) -> list[str]:
+    """A single graft has no number, so that its folder is what it was before there were several."""
+    return [f"{site.name}."] if count == 1 else [f"{site.name}.{i}." for i in range(count)]
+
+
+def _newborn(
+    site: ExpertSite, graft: Graft, expert: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    own = {"expert": torch.tensor(expert)}
+    if graft.trains_gate:
+        row_D = site.router_row(expert) if graft.gate == "router" else None
+        known = row_D is not None
+        own["gate"] = (
+            row_D.detach().float().cpu().clone() if known else torch.zeros(site.hidden_size)
+        )
+    if graft.bias:
+        own["gate_bias"] = torch.zeros(())
+    biased = site.expert(expert).down_bias is not None
+    for part, (size_in, size_out) in _sizes(site).items():
+        if graft.weights == "lora":
+            trained = low_rank_pair(size_in, size_out, graft.rank, generator)
+        else:
+            trained = {"delta": torch.zeros(size_out, size_in)}
+            trained |= {"delta_bias": torch.zeros(size_out)} if biased else {}
+        own |= {f"{part}.{name}": value for name, value in trained.items()}
+    return own
 
 
 def _sizes(site: ExpertSite) -> dict[str, tuple[int, int]]:
@@ -105,118 +189,70 @@ def attach_graft(
     """
     handles = [
         site.experts.register_forward_hook(
-            _hook(site, graft, _of_site(site, tensors)), with_kwargs=True
+            _adding(_private_experts(site, graft, tensors)), with_kwargs=True
         )
         for site in sites
     ]
     return Attachment(tuple(handles))
 
 
-def selected_experts(sites: Sequence[ExpertSite], tensors: Mapping[str, Tensor]) -> list[int]:
-    """Return the resident expert that one client's graft grew from, per site."""
-    return [int(tensors[f"{site.name}.expert"]) for site in sites]
+def _private_experts(
+    site: ExpertSite, graft: Graft, tensors: Mapping[str, Tensor]
+) -> list[PrivateExpert]:
+    """Return a site's private experts from stacked tensors [C, …]."""
+    made: list[PrivateExpert] = []
+    for prefix in _prefixes(site, graft.count):
+        own = {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
+        residents = tuple(int(index) for index in own["expert"])
+        delta = graft.form == "delta"
+        made.append(PrivateExpert(site, residents, own, graft.gate, delta, graft.scaling))
+    return made
 
 
-def _of_site(site: ExpertSite, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    prefix = f"{site.name}."
-    return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
-
-
-def _hook(site: ExpertSite, graft: Graft, tensors: Mapping[str, Tensor]) -> Callable[..., Tensor]:
-    experts = [int(index) for index in tensors["expert"]]
-
+def _adding(grown: Sequence[PrivateExpert]) -> Callable[..., Tensor]:
     def hook(
         _module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
     ) -> Tensor:
-        x_ND = args[0] if args else kwargs["hidden_states"]
-        x_CSD = x_ND.reshape(len(experts), -1, site.hidden_size)
-        open_CS = gate_value(x_CSD, tensors)
-        added_CSD = open_CS.unsqueeze(2) * _private_expert(site, graft, experts, x_CSD, tensors)
+        call = experts_call(args, kwargs)
+        added_CSD = reduce(torch.add, [expert(*call) for expert in grown])
         return output + added_CSD.reshape(output.shape).to(output.dtype)
 
     return hook
 
 
-def gate_value(
-    x_CSD: Float[Tensor, "C S D"], tensors: Mapping[str, Tensor]
-) -> Float[Tensor, "C S"]:
-    """Return σ(⟨w, x⟩ + b) of every token, for one site's tensors [C, …]."""
-    gate_CD = tensors["gate"]
-    logit_CS = (x_CSD.to(gate_CD.dtype) @ gate_CD.unsqueeze(2)).squeeze(2)
-    if "gate_bias" in tensors:
-        logit_CS = logit_CS + tensors["gate_bias"].unsqueeze(1)
-    return torch.sigmoid(logit_CS)
+def selected_experts(sites: Sequence[ExpertSite], tensors: Mapping[str, Tensor]) -> list[list[int]]:
+    """Return the resident experts that one client's grafts grew from, per site."""
 
+    def names(site: ExpertSite) -> list[str]:
+        numbered = [f"{site.name}.{i}.expert" for i in range(site.num_experts)]
+        return [name for name in (f"{site.name}.expert", *numbered) if name in tensors]
 
-def _private_expert(
-    site: ExpertSite,
-    graft: Graft,
-    experts: Sequence[int],
-    x_CSD: Float[Tensor, "C S D"],
-    tensors: Mapping[str, Tensor],
-) -> Float[Tensor, "C S D"]:
-    """Return E_p(x) or, for the delta form, E_p(x) − E_e(x), of every client's own expert.
-
-    With B = 0 the private expert's activation is the resident's bit for bit, so that the delta is
-    exactly zero; it also needs one product with `down` instead of two.
-    """
-
-    def update(x_CSI: Tensor, part: str) -> Tensor:
-        pair = tensors[f"{part}.lora_A"], tensors[f"{part}.lora_B"]
-        return low_rank(x_CSI, *pair) * graft.scaling
-
-    both_CSW = _through(experts, lambda x, e: torch.cat(site.gate_up(x, e), dim=-1), x_CSD)
-    # Both activations in the graft's own dtype, or a bfloat16 base would round only one of them.
-    gate_CSW, up_CSW = both_CSW.to(tensors["gate"].dtype).chunk(2, dim=-1)
-    own_CSW = site.activate(gate_CSW + update(x_CSD, "gate"), up_CSW + update(x_CSD, "up"))
-    delta = graft.form == "delta"
-    through_CSW = own_CSW - site.activate(gate_CSW, up_CSW) if delta else own_CSW
-    down = _through(
-        experts, lambda h, e: site.down(h.to(x_CSD.dtype), e, bias=not delta), through_CSW
-    )
-    return down + update(own_CSW, "down")
-
-
-def _through(
-    experts: Sequence[int], expert: Callable[[Tensor, int], Tensor], x_CSI: Tensor
-) -> Tensor:
-    """Send each client's tokens through its own resident expert, one product per expert in use.
-
-    Clients with the same expert share a product, and no weight is gathered or copied.
-    """
-    distinct = sorted(set(experts))
-    if len(distinct) == 1:
-        return expert(x_CSI.flatten(0, 1), distinct[0]).unflatten(0, x_CSI.shape[:2])
-    clients = [[c for c, e in enumerate(experts) if e == one] for one in distinct]
-    outputs = [
-        expert(x_CSI[members].flatten(0, 1), one).unflatten(0, (len(members), x_CSI.shape[1]))
-        for one, members in zip(distinct, clients, strict=True)
-    ]
-    place = sorted(range(len(experts)), key=[c for group in clients for c in group].__getitem__)
-    return torch.cat(outputs)[place]
+    return [[int(tensors[name]) for name in names(site)] for site in sites]
 
 
 @contextmanager
 def measure_gates(
-    sites: Sequence[ExpertSite], tensors: Mapping[str, Tensor], mask_N: Tensor
+    sites: Sequence[ExpertSite], graft: Graft, tensors: Mapping[str, Tensor], mask_N: Tensor
 ) -> Generator[list[float]]:
-    """Collect the mean gate openness σ per site over the masked tokens of one forward pass.
+    """Collect the mean weight of the private experts per site over the masked tokens of a pass.
 
-    `tensors` are one client's, without a client dimension. The list fills as layers run.
+    For a trained gate that is its openness σ; several grafts of a layer are averaged. `tensors` are
+    one client's, without a client dimension. The list fills as layers run.
     """
     openness: list[float] = []
+    alone = {name: value.unsqueeze(0) for name, value in tensors.items()}
 
-    def hook_of(own: Mapping[str, Tensor]) -> Callable[..., None]:
+    def hook_of(site: ExpertSite) -> Callable[..., None]:
+        grown = _private_experts(site, graft, alone)
+
         def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            x_ND = (args[0] if args else kwargs["hidden_states"])[mask_N]
-            stacked = {name: value.unsqueeze(0) for name, value in own.items()}
-            openness.append(float(gate_value(x_ND.unsqueeze(0), stacked).mean()))
+            call = [value[mask_N] for value in experts_call(args, kwargs)]
+            openness.append(sum(float(e.openness(*call).mean()) for e in grown) / len(grown))
 
         return hook
 
     hooks = [
-        site.experts.register_forward_pre_hook(hook_of(_of_site(site, tensors)), with_kwargs=True)
-        for site in sites
+        site.experts.register_forward_pre_hook(hook_of(site), with_kwargs=True) for site in sites
     ]
     with Attachment(tuple(hooks)):
         yield openness

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from pomona.federation.cohort import FrozenBase
 from pomona.federation.graft import measure_gates
 from pomona.federation.update import ClientState
 from pomona.models.routing import count_routing
+from pomona.shapes import TokenMask
 
 
 @dataclass(frozen=True)
@@ -114,9 +116,7 @@ def routing_of(
             batch = collate(examples[start : start + evaluation.batch], pad_id)
             mask_BT = batch.attention_mask_BT.bool()
             with count_routing(base.sites, mask_BT=mask_BT) as counts:
-                with measure_gates(
-                    base.sites if state.graft else (), state.graft, mask_BT.flatten()
-                ) as gates:
+                with _gates(base, state, mask_BT) as gates:
                     base.model(
                         input_ids=batch.input_ids_BT,
                         attention_mask=batch.attention_mask_BT,
@@ -132,3 +132,11 @@ def routing_of(
         for layer in zip(*openness, strict=True)
     ]
     return total_LE, mean
+
+
+def _gates(
+    base: FrozenBase, state: ClientState, mask_BT: TokenMask
+) -> AbstractContextManager[list[float]]:
+    if base.graft is None or not state.graft:
+        return nullcontext([])
+    return measure_gates(base.sites, base.graft, state.graft, mask_BT.flatten())

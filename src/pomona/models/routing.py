@@ -1,6 +1,6 @@
 """Which experts tokens are sent to, counted per layer and client."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from pomona.models.attachment import Attachment
 from pomona.models.experts import ExpertSite
-from pomona.shapes import AttentionMask, TokenMask
+from pomona.shapes import AttentionMask, Hidden, Routing, RoutingWeight, TokenMask
+
+_NAMES = (
+    ("hidden_states",),
+    ("top_k_index", "router_indices"),
+    ("top_k_weights", "routing_weights"),
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ def _counter(counts_CE: Tensor, keep_N: Tensor | None) -> Callable[..., None]:
     def count(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         if torch._C._current_graph_task_id() != -1:  # pyright: ignore[reportPrivateUsage]
             return  # inside a backward pass: a checkpointed layer computed again
-        index_NK = args[1] if len(args) > 1 else _index(kwargs)
+        _, index_NK, _ = experts_call(args, kwargs)
         # unflatten refuses tokens that cannot be split evenly among the clients
         index_CX = index_NK.flatten().unflatten(0, (clients, -1))
         offset_C1 = experts * torch.arange(clients, device=index_NK.device).unsqueeze(1)
@@ -64,6 +70,15 @@ def _counter(counts_CE: Tensor, keep_N: Tensor | None) -> Callable[..., None]:
     return count
 
 
-def _index(kwargs: dict[str, Tensor]) -> Tensor:
-    """GPT-OSS calls the same argument `router_indices`."""
-    return kwargs["top_k_index"] if "top_k_index" in kwargs else kwargs["router_indices"]
+def experts_call(
+    args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]
+) -> tuple[Hidden, Routing, RoutingWeight]:
+    """Return what a fused experts module was called with: hidden states, chosen experts, weights.
+
+    The names are those of the common signature and of GPT-OSS, the order is the same in all.
+    """
+    named = [
+        next(kwargs[name] for name in names if name in kwargs) for names in _NAMES[len(args) :]
+    ]
+    hidden_ND, index_NK, weight_NK = (*args, *named)
+    return hidden_ND, index_NK, weight_NK

@@ -96,7 +96,7 @@ def fit(
         if after is not None:
             after(_moments(engine, parameters, step + 1), loss_C)
     for parameter in parameters:
-        good_C = parameter.detach().flatten(1).isfinite().all(dim=1)
+        good_C = _rows(parameter.detach()).isfinite().all(dim=1)
         if not bool(good_C.all()):
             raise NotFiniteError(int((~good_C).nonzero()[0]), steps - 1)
     return torch.stack(history) if history else torch.zeros(0, 1)
@@ -135,7 +135,12 @@ def _restore(engine: torch.optim.AdamW, parameters: Sequence[Tensor], moments: M
 def clip_per_client(parameters: Sequence[Tensor], limit: float) -> None:
     """Scale each client's gradient to a norm of at most `limit`; clients never touch each other."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    square_C = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0)
+    square_C = torch.stack([_rows(g).square().sum(1) for g in gradients]).sum(0)
     factor_C = (limit / (square_C.sqrt() + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
         gradient.mul_(factor_C.view(-1, *[1] * (gradient.ndim - 1)))
+
+
+def _rows(stacked: Tensor) -> Float[Tensor, "C X"]:
+    """One row per client; a scalar per client [C] (a gate's bias) is a row of one."""
+    return stacked.reshape(len(stacked), -1)

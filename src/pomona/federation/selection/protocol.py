@@ -11,10 +11,18 @@ from pomona.models.experts import ExpertSite
 
 @runtime_checkable
 class Selection(Protocol):
-    """Chooses one resident expert per MoE layer from a client's own data."""
+    """Chooses resident experts of every MoE layer from a client's own data."""
 
     def __call__(
-        self, model: nn.Module, sites: Sequence[ExpertSite], batches: Sequence[Batch], seed: int
-    ) -> list[int]:
-        """Return the chosen expert's index for every site; the model is left as it was."""
+        self,
+        model: nn.Module,
+        sites: Sequence[ExpertSite],
+        batches: Sequence[Batch],
+        seed: int,
+        count: int,
+    ) -> list[list[int]]:
+        """Return `count` distinct experts for every site, the best first; the model stays as it was.
+
+        `batches` and `seed` are the client's own, and nothing of other clients is to be had.
+        """
         ...
