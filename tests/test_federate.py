@@ -67,6 +67,8 @@ def test_a_run_leaves_what_it_promises(settings, tmp_path):
         "metrics.jsonl",
         "answers.jsonl",
         "results.json",
+        "holdings.csv",
+        "holdings.svg",
         "shared/adapter_config.json",
         "shared/adapter_model.safetensors",
         "shared/pomona.json",

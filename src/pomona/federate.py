@@ -5,7 +5,7 @@ results. The in-process engine: the sampled clients of a cohort train in one bat
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from math import isfinite
 from time import monotonic
 from typing import Any, Literal
@@ -13,16 +13,19 @@ from typing import Any, Literal
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from pomona.artifacts.holdings import write_holdings
 from pomona.artifacts.inputs import inputs_of
 from pomona.artifacts.origin import origin_of, origin_of_graft
 from pomona.artifacts.results import assemble_results
 from pomona.artifacts.run import RunDirectory, Snapshot
+from pomona.data.duplicates import told
 from pomona.data.examples import Example, collate, encode, padding_id
 from pomona.data.templates import Alpaca, Template
 from pomona.errors import PomonaError
 from pomona.federation.clients import ClientData, ClientRows
 from pomona.federation.cohort import FrozenBase
 from pomona.federation.graft import Graft
+from pomona.federation.holdings import Holdings, holdings_of
 from pomona.federation.local import LocalTraining, Task, train_cohort
 from pomona.federation.measure import Evaluation, answers_of, loss_summary, losses_of, routing_of
 from pomona.federation.sampling import participants
@@ -31,7 +34,7 @@ from pomona.federation.update import ClientState, Update, join, split
 from pomona.models.experts import ExpertSite, expert_sites_if_any, find_expert_sites, freeze
 from pomona.models.loading import context_length, load_model, load_tokenizer
 from pomona.models.lora import LoRA
-from pomona.progress import Progress, silent
+from pomona.progress import Progress, Tell, silent, unheard
 from pomona.seeds import seed_of
 
 
@@ -81,20 +84,28 @@ class _Federation:
     train: Mapping[str, Sequence[Example]]
     test: Mapping[str, Sequence[Example]]
     progress: Progress
+    holdings: Holdings
 
 
 def federate(
-    settings: FederateSettings, run: RunDirectory, progress: Progress = silent
+    settings: FederateSettings,
+    run: RunDirectory,
+    progress: Progress = silent,
+    tell: Tell = unheard,
 ) -> dict[str, Any]:
     """Run, or go on with, a federation in `run` and return its results (see `artifacts.results`).
 
-    Raises `PomonaError` for whatever is wrong with the model, the data or the disk.
+    `tell` is told before training which test rows are also trained on. Raises `PomonaError` for
+    whatever is wrong with the model, the data or the disk.
     """
     rows = settings.data.load(settings.seed)
     run.claim(inputs_of(settings.model, rows, progress))
+    holdings = holdings_of(rows)
+    tell(told(holdings.duplicates))
     if run.finished:
         return run.results()
-    federation = _prepare(settings, run, rows, progress)
+    federation = _prepare(settings, run, rows, progress, holdings)
+    write_holdings(run.path, holdings)
     snapshot = run.snapshot() or _begin(federation)
     for round_ in range(snapshot.round + 1, settings.rounds + 1):
         progress("rounds", round_ - 1, settings.rounds)
@@ -108,6 +119,7 @@ def _prepare(
     run: RunDirectory,
     rows: Mapping[str, ClientRows],
     progress: Progress,
+    holdings: Holdings,
 ) -> _Federation:
     tokenizer = load_tokenizer(settings.model)
     model = load_model(settings.model, settings.dtype)
@@ -133,6 +145,7 @@ def _prepare(
         {name: encoded(client.train) for name, client in rows.items()},
         {name: encoded(client.test[:limit]) for name, client in rows.items()},
         progress,
+        holdings,
     )
 
 
@@ -294,7 +307,8 @@ def _finish(federation: _Federation, snapshot: Snapshot) -> dict[str, Any]:
                 routing.append(_routing_line(federation, name, kind, state))
     _publish(federation, shared, private)
     run.write_answers(answers)
-    results = run.finish(assemble_results(answers, routing, federation.base.sites, private))
+    results = assemble_results(answers, routing, federation.base.sites, private)
+    results = run.finish({**results, "data": asdict(federation.holdings)})
     federation.progress("answering", len(private), len(private))
     return results
 

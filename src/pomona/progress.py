@@ -11,6 +11,14 @@ def silent(stage: str, done: int, total: int) -> None:
     """Tell nobody."""
 
 
+Tell: TypeAlias = Callable[[str], None]
+"""Called with a sentence that a user should read before the work is done."""
+
+
+def unheard(sentence: str) -> None:
+    """Say it to nobody."""
+
+
 def titled(title: str, progress: Progress) -> Progress:
     """Return a progress whose stages carry a title, for several runs in a row."""
 
