@@ -266,7 +266,7 @@ def test_a_directory_in_use_is_refused(settings, tmp_path):
 
 
 def test_a_client_without_rows_is_named(settings, tmp_path):
-    data = replace(settings.data, partition=Dirichlet(clients=30, alpha=0.05))
+    data = replace(settings.data, partition=Dirichlet(clients=30, alpha=0.05, minimum=0))
     with pytest.raises(PomonaError, match=r'client "client-\d\d" has no train rows'):
         run(replace(settings, data=data), tmp_path / "run")
 
