@@ -241,6 +241,7 @@ def test_these_are_all_files_of_a_run(runs):
     }
     assert len(names(runs / "whole")) == 18
     begun = {"run.json", "recipe.toml", "inputs.json", "metrics.jsonl"}
+    begun |= {"holdings.csv", "holdings.svg"}
     saved = {f"checkpoint/{name}" for name in (*CHECKPOINT, "plums.1.safetensors")}
     assert names(runs / "half") == begun | saved
 
