@@ -180,7 +180,7 @@ def test_even_dirichlet_follows_each_client_s_draw_while_the_rows_last():
 
 
 def test_the_published_setting(data_dir):
-    """FLEx: ten clients of 1,000 rows each, alpha 0.5 and 1.0."""
+    """FLEx's sizes: ten clients of 1,000 rows each, alpha 0.5 and 1.0; the rule of the draw is ours."""
     rows = read_rows(data_dir / "dolly-15k" / "train.jsonl")
     for alpha in (0.5, 1.0):
         train, _ = EvenDirichlet(10, alpha, rows=1000)(rows, (), 0)

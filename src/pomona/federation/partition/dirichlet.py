@@ -32,7 +32,7 @@ class Dirichlet:
     tested on the mixture it trains on. Small `alpha`: one category per client; large: all alike.
 
     Proportions that leave some client fewer than `minimum` train rows or without a test row are
-    drawn again, as Li et al. do: a draw that is kept is one of the distribution, while rows moved
+    drawn again, as is common: a draw that is kept is one of the distribution, while rows moved
     from one client to another would be of none. `rows` caps a client's train rows afterwards.
     """
 

@@ -43,8 +43,7 @@ class IID:
 class SizeSkew:
     """Clients of one mixture and very different sizes.
 
-    `law` "log-normal": sizes in proportion to exp(`spread`·z) with standard normal z, the usual
-    model of real federations (Caldas et al., "LEAF", 2018, table 1 shows how skewed they are);
+    `law` "log-normal": sizes in proportion to exp(`spread`·z) with standard normal z;
     "power": the k-th client's in proportion to k^-`spread` (Zipf), the same for every seed. Every
     client has at least `minimum` train rows and at most `rows` (0: no limit). Test rows are dealt
     evenly: the skew is in what a client learns from, not in how exactly it is measured.
