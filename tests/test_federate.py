@@ -68,6 +68,8 @@ def test_a_run_leaves_what_it_promises(settings, tmp_path):
         "metrics.jsonl",
         "answers.jsonl",
         "results.json",
+        "holdings.csv",
+        "holdings.svg",
         "shared/adapter_config.json",
         "shared/adapter_model.safetensors",
         "shared/pomona.json",
@@ -265,7 +267,7 @@ def test_a_directory_in_use_is_refused(settings, tmp_path):
 
 
 def test_a_client_without_rows_is_named(settings, tmp_path):
-    data = replace(settings.data, partition=Dirichlet(clients=30, alpha=0.05))
+    data = replace(settings.data, partition=Dirichlet(clients=30, alpha=0.05, minimum=0))
     with pytest.raises(PomonaError, match=r'client "client-\d\d" has no train rows'):
         run(replace(settings, data=data), tmp_path / "run")
 

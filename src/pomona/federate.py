@@ -5,7 +5,7 @@ results. The in-process engine: the sampled clients of a cohort train in one bat
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import isfinite
 from time import monotonic
 from typing import Any
@@ -13,15 +13,18 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from pomona.artifacts.holdings import write_holdings
 from pomona.artifacts.inputs import inputs_of
 from pomona.artifacts.origin import origin_of, origin_of_graft
 from pomona.artifacts.results import assemble_results
 from pomona.artifacts.run import RunDirectory, Snapshot
+from pomona.data.duplicates import told
 from pomona.data.examples import Example, collate, encode, padding_id
 from pomona.errors import PomonaError
 from pomona.federation.clients import ClientRows
 from pomona.federation.cohort import FrozenBase
 from pomona.federation.graft import Graft, choose_experts
+from pomona.federation.holdings import Holdings, holdings_of
 from pomona.federation.local import Trained, train_cohort
 from pomona.federation.measure import answers_of, loss_summary, losses_of, routing_of
 from pomona.federation.privacy import epsilon, noise_key, protect
@@ -40,7 +43,7 @@ from pomona.federation.update import ClientState, Update, join, split, within
 from pomona.models.experts import ExpertSite, expert_sites_if_any, find_expert_sites, freeze
 from pomona.models.loading import context_length, load_model, load_tokenizer
 from pomona.models.peft_format import read_adapter
-from pomona.progress import Progress, silent
+from pomona.progress import Progress, Tell, silent, unheard
 from pomona.seeds import seed_of
 
 POOLED = "everyone"
@@ -59,6 +62,8 @@ class _Federation:
     train: Mapping[str, Sequence[Example]]
     test: Mapping[str, Sequence[Example]]
     progress: Progress
+    tell: Tell
+    holdings: Holdings
 
     def owner(self, client: str) -> str:
         """Return who trains the model that serves a client."""
@@ -66,18 +71,25 @@ class _Federation:
 
 
 def federate(
-    settings: FederateSettings, run: RunDirectory, progress: Progress = silent
+    settings: FederateSettings,
+    run: RunDirectory,
+    progress: Progress = silent,
+    tell: Tell = unheard,
 ) -> dict[str, Any]:
     """Run, or go on with, a federation in `run` and return its results (see `artifacts.results`).
 
-    Raises `PomonaError` for whatever is wrong with the model, the data or the disk.
+    `tell` is told before training which test rows are also trained on. Raises `PomonaError` for
+    whatever is wrong with the model, the data or the disk.
     """
     rows = settings.data.load(settings.seed)
     settings.check_clients(list(rows))
     run.claim(inputs_of(settings.model, rows, progress))
+    holdings = holdings_of(rows)
+    tell(told(holdings.duplicates))
     if run.finished:
         return run.results()
-    federation = _prepare(settings, run, rows, progress)
+    federation = _prepare(settings, run, rows, progress, tell, holdings)
+    write_holdings(run.path, holdings)
     snapshot = run.snapshot() or _begin(federation)
     last = settings.last_round
     for round_ in range(snapshot.round + 1, last + 1):
@@ -93,6 +105,8 @@ def _prepare(
     run: RunDirectory,
     rows: Mapping[str, ClientRows],
     progress: Progress,
+    tell: Tell,
+    holdings: Holdings,
 ) -> _Federation:
     tokenizer = load_tokenizer(settings.model)
     model = load_model(settings.model, settings.dtype)
@@ -119,6 +133,8 @@ def _prepare(
         _trainers(settings, {name: encoded(client.train) for name, client in rows.items()}),
         {name: encoded(client.test[:limit]) for name, client in rows.items()},
         progress,
+        tell,
+        holdings,
     )
 
 
@@ -367,7 +383,7 @@ def _protect(
         return updates, []
     key, secret = noise_key(settings.seed)
     spent = epsilon(privacy, round_, len(federation.train), sampled)
-    federation.progress(f"round {round_}: ε = {spent:.4g} at δ = {privacy.delta:g}", 0, 0)
+    federation.tell(f"round {round_}: ε = {spent:.4g} at δ = {privacy.delta:g}")
     line = {
         "round": round_,
         "model": "privacy",
@@ -393,7 +409,8 @@ def _finish(federation: _Federation, snapshot: Snapshot) -> dict[str, Any]:
                 routing.append(_routing_line(federation, name, kind, state))
     _publish(federation, shared, private)
     run.write_answers(answers)
-    results = run.finish(assemble_results(answers, routing, federation.base.sites, private))
+    results = assemble_results(answers, routing, federation.base.sites, private)
+    results = run.finish({**results, "data": asdict(federation.holdings)})
     federation.progress("answering", len(private), len(private))
     return results
 

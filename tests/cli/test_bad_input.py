@@ -14,6 +14,7 @@ import pytest
 from conftest import word_text
 
 from pomona.cli.app import main
+from pomona.data.formats import Mapped
 from pomona.federation.clients import ClientData
 from pomona.federation.graft import Graft
 from pomona.federation.local import LocalTraining
@@ -274,7 +275,19 @@ def test_federate_names_what_is_wrong_before_it_writes(
         "none.jsonl": replace(settings, data=replace(data, train=tmp_path / "none.jsonl")),
         "empty.jsonl": replace(settings, data=replace(data, test=tmp_path / "empty.jsonl")),
         "strange.jsonl:1": replace(settings, data=replace(data, test=tmp_path / "strange.jsonl")),
-        'client "client-': replace(settings, data=replace(data, partition=Dirichlet(30, 0.05))),
+        "gave each of 30 clients 1 train rows and a test row": replace(
+            settings, data=replace(data, partition=Dirichlet(30, 0.05))
+        ),
+        'client "client-': replace(
+            settings, data=replace(data, partition=Dirichlet(30, 0.05, minimum=0))
+        ),
+        'the field "topic" is missing': replace(settings, data=replace(data, category="topic")),
+        'train.jsonl:1: the field "q" is missing': replace(
+            settings, data=replace(data, format=Mapped("q"))
+        ),
+        'data set "no/data:train" from the Hub': replace(
+            settings, data=replace(data, train="no/data:train")
+        ),
         'client "kiwis" has no train rows': replace(
             settings, data=replace(data, partition=ByCategory(("kiwis",)))
         ),

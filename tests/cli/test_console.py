@@ -52,19 +52,6 @@ def test_away_from_a_terminal_progress_is_plain_lines_that_end_complete(screen):
     assert "\x1b" not in console.file.getvalue()
 
 
-@pytest.mark.parametrize("terminal", [True, False])
-def test_a_note_is_a_line_of_its_own(screen, terminal):
-    console = screen(terminal)
-    with progress_bars() as progress:
-        progress("rounds", 0, 2)
-        for round_ in (1, 2):
-            progress(f"round {round_}: ε = 2.5 at δ = 1e-05", 0, 0)
-            progress("rounds", round_, 2)
-    text = re.sub(r"\x1b\[[?\d;]*[A-Za-z]|\r", "\n", console.file.getvalue())
-    notes = [line.rstrip() for line in text.splitlines() if "ε" in line]
-    assert notes == [f"round {r}: ε = 2.5 at δ = 1e-05" for r in (1, 2)]
-
-
 def test_on_a_terminal_bars_fit_and_end_complete(screen):
     console = screen(True)
     with progress_bars() as progress:

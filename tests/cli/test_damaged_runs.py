@@ -87,7 +87,7 @@ def damages(content: bytes) -> Iterator[tuple[str, bytes]]:
 READ = {
     "run.json": {"format", "method", "seed", "pomona", "python", "torch", "transformers"},
     "inputs.json": {"model", "clients"},
-    "results.json": {"base", "personal", "routing", "files"},
+    "results.json": {"base", "personal", "routing", "data", "files"},
     "state.json": {"round", "metrics_bytes", "server", "clients"},
     "adapter_config.json": {"r", "lora_alpha", "target_modules"},
     "graft_config.json": {"form", "rank", "alpha", "bias"},
@@ -228,15 +228,20 @@ def refuse_resume(path: Path, recipe: Path, half: Path, capsys) -> int:
 
 
 def test_these_are_all_files_of_a_run(runs):
-    """timings.jsonl is read by nobody; the parts of a second client are as those of the first."""
+    """timings.jsonl and holdings are read by nobody; the parts of a second client are as those of the first."""
 
     def names(folder: Path) -> set[str]:
         return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
 
     second = {name.replace("pears", "plums") for name in PARTS}
-    assert names(runs / "whole") == TOP | set(PARTS) | second | {"timings.jsonl"}
-    assert len(names(runs / "whole")) == 16
+    assert names(runs / "whole") == TOP | set(PARTS) | second | {
+        "timings.jsonl",
+        "holdings.csv",
+        "holdings.svg",
+    }
+    assert len(names(runs / "whole")) == 18
     begun = {"run.json", "recipe.toml", "inputs.json", "metrics.jsonl"}
+    begun |= {"holdings.csv", "holdings.svg"}
     saved = {f"checkpoint/{name}" for name in (*CHECKPOINT, "plums.1.safetensors")}
     assert names(runs / "half") == begun | saved
 

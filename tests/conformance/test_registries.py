@@ -10,7 +10,7 @@ from families import FAMILIES
 from transformers import AutoTokenizer
 
 from pomona.data.examples import Example, collate, encode, encode_prompt
-from pomona.data.formats import FORMATS, detect
+from pomona.data.formats import FORMATS, Auto, detect
 from pomona.data.row import Row
 from pomona.data.templates import TEMPLATES
 from pomona.data.texts import sample_windows
@@ -69,8 +69,8 @@ def updates(strategy):
 
 
 def test_registries_were_all_found():
-    assert len(REGISTRIES) == 8
-    assert sum(map(len, REGISTRIES.values())) >= 24
+    assert len(REGISTRIES) == 9
+    assert sum(map(len, REGISTRIES.values())) >= 36
 
 
 @pytest.mark.parametrize(
@@ -222,13 +222,31 @@ def test_a_penalty_is_one_number_per_client_and_silent_at_the_anchor(kind):
 
 
 @pytest.mark.parametrize("kind", PARTITIONS)
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_a_partition_deals_every_row_once_and_the_same_way_again(kind, split):
-    partition, held = PARTITIONS[kind](), rows()
-    dealt = partition(held, 0, split)
-    assert sorted(map(hash, held)) == sorted(hash(r) for own in dealt.values() for r in own)
-    assert dealt == partition(held, 0, split)
-    assert list(dealt) == list(partition(held, 1, split)), "clients keep their names over seeds"
+@pytest.mark.parametrize("seed", range(3))
+def test_a_partition_deals_every_row_once_and_the_same_way_again(kind, seed):
+    partition, train, test = PARTITIONS[kind](), rows(60), rows(40)
+    dealt = partition(train, test, seed)
+    for held, own in zip((train, test), dealt, strict=True):
+        assert sorted(map(id, held)) == sorted(id(r) for each in own.values() for r in each)
+    assert dealt == partition(train, test, seed)
+    assert list(dealt[0]) == list(dealt[1]) == list(partition(train, test, seed + 1)[0])
+    own, nothing = partition(train, (), seed)
+    assert all(own.values()), "where the test set is central only train rows are dealt"
+    assert not any(nothing.values())
+
+
+@pytest.mark.parametrize("kind", PARTITIONS)
+def test_a_partition_caps_the_rows_that_a_client_trains_on(kind):
+    train, test = rows(60), rows(40)
+    whole, capped = PARTITIONS[kind](), PARTITIONS[kind](rows=3)
+    own, held_out = capped(train, test, 0)
+    assert max(map(len, own.values())) == 3
+    assert held_out == whole(train, test, 0)[1], "tests stay as they were"
+    if kind != "dirichlet-even":  # there it is the size of all
+        for name, kept in own.items():
+            assert set(map(id, kept)) <= set(map(id, whole(train, test, 0)[0][name]))
+    with pytest.raises(PomonaError, match="-1 rows per client are negative"):
+        PARTITIONS[kind](rows=-1)
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)
@@ -248,14 +266,29 @@ def test_a_template_asks_the_same_in_training_and_evaluation(kind, dense_dir):
     assert "blue plum" not in text
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+RECORDS = {
+    "dolly": {"instruction": "i", "context": "x", "response": "r", "category": "c"},
+    "alpaca": {"instruction": "i", "input": "x", "output": "r"},
+    "messages": {
+        "messages": [{"role": "user", "content": "i"}, {"role": "assistant", "content": "r"}]
+    },
+    "sharegpt": {"conversations": [{"from": "human", "value": "i"}, {"from": "gpt", "value": "r"}]},
+    "gsm8k": {"question": "i", "answer": "r\n#### 4"},
+    "qa": {"question": "i", "answer": "r"},
+    "prompt": {"prompt": "i", "completion": "r"},
+    "mapped": {"instruction": "i", "response": "r"},
+}
+
+
+@pytest.mark.parametrize("kind", FORMATS.keys() - {"auto"})
 def test_a_format_is_found_by_its_fields(kind):
-    records = {
-        "dolly": {"instruction": "i", "context": "x", "response": "r", "category": "c"},
-        "alpaca": {"instruction": "i", "input": "x", "output": "r"},
-        "qa": {"question": "i", "answer": "r"},
-        "prompt": {"prompt": "i", "completion": "r"},
-    }
-    assert detect(records[kind], "f:1") == kind
-    row = FORMATS[kind](records[kind], "f:1")
-    assert (row.instruction, row.response) == ("i", "r")
+    record, made = RECORDS[kind], FORMATS[kind]()
+    assert made.fits(record)
+    assert not made.fits({})
+    for reader in (made, Auto()):
+        row = reader(record, "f:1")
+        assert (row.instruction, row.response.partition("\n")[0]) == ("i", "r")
+    if kind != "mapped":
+        assert detect(record, "f:1") == made
+    with pytest.raises(PomonaError, match=r"^f:1: "):
+        made({}, "f:1")

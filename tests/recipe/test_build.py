@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from pomona.data.formats import FORMATS, Auto, Mapped
 from pomona.data.templates import TEMPLATES, Chat
 from pomona.errors import PomonaError
 from pomona.federation.clients import ClientData
@@ -204,6 +205,7 @@ def test_a_missing_key_is_named(tmp_path, text, key):
         ('strategy = "fedsgd"\n' + DATA, "strategy", STRATEGIES),
         ('template = "none"\n' + DATA, "template", TEMPLATES),
         (DATA + '[data.partition]\nkind = "by"\n', "data: partition", PARTITIONS),
+        (DATA + 'format = "csv"\n', "data: format", FORMATS),
         (DATA + '[graft]\nselection = "best"\n', "graft: selection", SELECTIONS),
     ],
 )
@@ -228,6 +230,42 @@ def test_the_system_turn_of_the_chat_template_is_a_recipe_s_to_set(tmp_path):
         settings = read(tmp_path, GOOD + text)
         assert settings.template == Chat("Be brief.")
         assert read(tmp_path, dump(settings)) == settings
+
+
+def test_a_recipe_says_which_field_is_which(tmp_path):
+    mapped = (
+        '[data.format]\nkind = "mapped"\ninstruction = "q"\nresponse = "a"\ncategory = "topic"\n'
+    )
+    settings = read(tmp_path, GOOD + DATA + mapped)
+    assert settings.data.format == Mapped("q", "", "a", "topic")
+    assert read(tmp_path, dump(settings)) == settings
+    assert read(tmp_path, GOOD + DATA).data.format == Auto()
+    for wrong, says in (
+        (
+            'answer = "a"\n',
+            'data: format: unknown key "answer"; valid keys are category, context, ',
+        ),
+        ("context = 3\n", "data: format: context is 3"),
+    ):
+        assert says in complaint(tmp_path, GOOD + DATA + mapped + wrong)
+    empty = mapped.replace('"q"', '""')
+    assert "data: format: the mapped instruction is empty" in complaint(
+        tmp_path, GOOD + DATA + empty
+    )
+
+
+def test_rows_come_from_a_file_by_its_suffix_and_else_from_the_hub(tmp_path):
+    text = GOOD + '[data]\ntrain = "{}"\ntest = "rows/x.csv"\n'
+    for name in ("org/name", "org/name:main:train[:90%]", "name-v1.5"):
+        settings = read(tmp_path, text.format(name))
+        assert settings.data.train == name
+        assert settings.data.test == tmp_path / "rows/x.csv"
+        assert read(tmp_path, dump(settings)) == settings
+    for name in ("x.jsonl", "x.json", "x.csv", "rows/x.parquet", "./rows"):
+        assert read(tmp_path, text.format(name)).data.train == tmp_path / name
+    (tmp_path / "org").mkdir()
+    (tmp_path / "org/name").write_text("")
+    assert read(tmp_path, text.format("org/name")).data.train == tmp_path / "org/name"
 
 
 def test_an_outside_member_is_imported_with_its_settings(tmp_path, outside):
@@ -319,10 +357,13 @@ def test_every_kind_of_a_federation_survives_dump_and_build(tmp_path):
     made = [
         *(replace(plain, strategy=cls()) for cls in STRATEGIES.values()),
         *(replace(plain, data=replace(plain.data, partition=cls())) for cls in PARTITIONS.values()),
+        *(replace(plain, data=replace(plain.data, format=cls())) for cls in FORMATS.values()),
         *(replace(plain, graft=Graft(selection=cls())) for cls in SELECTIONS.values()),
         *(replace(plain, template=cls()) for cls in TEMPLATES.values()),
     ]
-    assert len(made) == sum(map(len, (STRATEGIES, PARTITIONS, SELECTIONS, TEMPLATES))) >= 14
+    assert (
+        len(made) == sum(map(len, (STRATEGIES, PARTITIONS, SELECTIONS, TEMPLATES, FORMATS))) >= 30
+    )
     for settings in made:
         assert read(tmp_path, dump(settings)) == settings
     assert read(tmp_path, dump(replace(plain, graft=None))).graft is None
@@ -364,7 +405,7 @@ def test_every_kind_of_a_reconstruction_survives_dump_and_build(tmp_path):
 
 def test_every_registry_member_can_be_built_by_name_alone(tmp_path):
     names = [(p, name) for p, registry in REGISTRIES.items() for name in registry]
-    assert len(REGISTRIES) == 8
+    assert len(REGISTRIES) == 9
     for protocol, name in names:
         built = build(REGISTRIES[protocol][name], {}, tmp_path, "here")
         assert built == REGISTRIES[protocol][name]()

@@ -11,7 +11,7 @@ import pomona
 from pomona.errors import PomonaError
 from pomona.files import read_as, read_object, write_json
 
-FORMAT = 2
+FORMAT = 3
 _PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy")
 
 

@@ -5,8 +5,11 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 import pomona
 from pomona.artifacts import figures
+from pomona.artifacts.holdings import holdings_map
 from pomona.artifacts.table import (
     BASE,
     MEASURES,
@@ -15,7 +18,9 @@ from pomona.artifacts.table import (
     load_runs,
     pairwise,
 )
+from pomona.data.duplicates import told
 from pomona.errors import PomonaError
+from pomona.federation.holdings import Holdings
 from pomona.files import write_text
 
 _STYLE = """
@@ -53,6 +58,7 @@ def page(runs: Sequence[FinishedRun]) -> str:
     sections = [
         _summary(runs),
         *(_measure(runs, measure) for measure in MEASURES),
+        _data(runs),
         _convergence(runs),
         _experts(runs),
         _communication(runs),
@@ -116,6 +122,47 @@ def _differences(runs: Sequence[FinishedRun], measure: str, digits: int) -> str:
     ]
     note = '<p class="soft">Paired bootstrap over the same test rows, clients kept apart.</p>'
     return _table(header, body) + note
+
+
+def _data(runs: Sequence[FinishedRun]) -> str:
+    """Who holds what, once for all runs with the same rows, and what is both trained and tested on."""
+    groups: list[tuple[Holdings, list[FinishedRun]]] = []
+    for run in runs:
+        held = TypeAdapter(Holdings).validate_python(run.results["data"])
+        known = next((group for other, group in groups if other == held), None)
+        if known is None:
+            groups.append((held, [run]))
+        else:
+            known.append(run)
+    return "<h2>Who holds what</h2>" + "".join(
+        _held(held, "" if len(groups) == 1 else _named(own)) for held, own in groups
+    )
+
+
+def _held(held: Holdings, whose: str) -> str:
+    found = held.duplicates
+    body = [
+        [name, *map(str, (sum(held.train[name]), own.test, own.same, own.own, own.prompt))]
+        for name, own in found.clients.items()
+    ]
+    header = [
+        "client",
+        "train rows",
+        "test rows",
+        "trained on by anyone",
+        "by itself",
+        "prompt only",
+    ]
+    caption = f"Train rows per client and category{whose}. From results.json."
+    return (
+        _figure(holdings_map(held), caption)
+        + _table(header, body)
+        + f'<p class="soft">{_text(_sentence(told(found)))}.</p>'
+    )
+
+
+def _named(runs: Sequence[FinishedRun]) -> str:
+    return " (" + ", ".join(f"{run.method}, seed {run.seed}" for run in runs) + ")"
 
 
 def _convergence(runs: Sequence[FinishedRun]) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from pomona.evaluation.experts import expert_load
 from pomona.evaluation.loss import perplexity
 from pomona.federation.graft import selected_experts
+from pomona.federation.holdings import Holdings
 from pomona.federation.update import ClientState
 from pomona.files import damaged, read_as, read_object
 from pomona.models.experts import ExpertSite
@@ -47,6 +48,7 @@ class _Results:
     selection: dict[str, list[int | list[int]]] | None
     gate_openness: dict[str, list[float]] | None
     routing: dict[str, _Routing]
+    data: Holdings
     files: dict[str, str]
 
 
@@ -58,6 +60,8 @@ def read_results(path: Path) -> dict[str, Any]:
         raise damaged(path, "it has no figures of every client's model")
     if (found.selection or {}).keys() != (found.gate_openness or {}).keys():
         raise damaged(path, "selection and gate_openness are not of the same clients")
+    if not found.data.consistent() or found.data.train.keys() != found.base.clients.keys():
+        raise damaged(path, "data does not count every client's rows of every category")
     if not all(routing.load for routing in found.routing.values()):
         raise damaged(path, "routing has no layers")
     return read_object(path)

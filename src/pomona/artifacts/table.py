@@ -68,7 +68,7 @@ def ratio_rows(runs: Sequence[FinishedRun], model: str, client: str, measure: st
     own = [[a for a in run.answers if (a["client"], a["model"]) == (client, model)] for run in runs]
     kept = [[a for a in answers if a[above] is not None] for answers in own]
     top = [np.array([a[above] for a in answers]) for answers in kept]
-    bottom = [np.array([a[below] if below else 1.0 for a in answers]) for answers in kept]
+    bottom = [np.array([float(a[below]) if below else 1.0 for a in answers]) for answers in kept]
     same = len({tuple((a["row"], a["tokens"]) for a in answers) for answers in kept}) == 1
     if same:
         return np.mean(top, axis=0), np.mean(bottom, axis=0)

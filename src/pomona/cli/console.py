@@ -28,8 +28,7 @@ def progress_bars() -> Generator[Progress]:
     """Yield `progress(stage, done, total)`, drawing one bar per stage.
 
     Away from a terminal a stage writes a plain line when it starts and at every tenth of its way.
-    A stage that came to its end without saying so is shown complete, unless an error ended it. A note
-    (a total of 0) is a line of its own.
+    A stage that came to its end without saying so is shown complete, unless an error ended it.
     """
     _quiet_libraries()
     with _bars() if console.is_terminal else _Lines() as shown:
@@ -74,9 +73,6 @@ class _Bars:
         self.drawn.stop()
 
     def progress(self, stage: str, done: int, total: int) -> None:
-        if total == 0:
-            self.drawn.console.print(stage)
-            return
         if stage not in self.stages:
             self.stages[stage] = self.drawn.add_task(stage, total=total)
         self.drawn.update(self.stages[stage], completed=done, total=total)
@@ -99,10 +95,7 @@ class _Lines:
         pass
 
     def progress(self, stage: str, done: int, total: int) -> None:
-        if total == 0:
-            console.print(stage)
-            return
-        tenth = 10 * done // total
+        tenth = 10 * done // max(total, 1)
         if stage not in self.shown or tenth > self.shown[stage][0]:
             console.print(f"{stage} {done}/{total}")
             self.shown[stage] = (tenth, done, total)

@@ -14,7 +14,10 @@ Text = Annotated[
     typer.Option("--text", help="Text file, folder of domains or glob.", metavar="PATH"),
 ]
 Rows = Annotated[
-    Path | None, typer.Option("--rows", help="Instruction rows (.jsonl).", metavar="FILE")
+    Path | None,
+    typer.Option(
+        "--rows", help="Instruction rows (.jsonl, .json, .csv, .parquet).", metavar="FILE"
+    ),
 ]
 Tasks = Annotated[
     list[str] | None,

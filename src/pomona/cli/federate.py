@@ -33,7 +33,7 @@ def federate(recipe: Recipe, out: Out, model: Model = None, seed: Seed = None) -
     before = _entries(out)
     with RunDirectory.open(out, dump(settings), about) as run, progress_bars() as progress:
         try:
-            run_federation(settings, run, progress)
+            run_federation(settings, run, progress, console.print)
         except BaseException:
             _forget_unbegun(out, before)
             raise

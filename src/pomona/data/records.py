@@ -44,8 +44,7 @@ def text_field(record: dict[str, Any], name: str, where: str, *, required: bool 
     if name not in record or record[name] is None:
         if not required:
             return ""
-        found = ", ".join(record) or "none"
-        raise PomonaError(f'{where}: the field "{name}" is missing; the line has {found}')
+        raise _missing(record, name, where)
     value = record[name]
     if not isinstance(value, str):
         raise PomonaError(f'{where}: the field "{name}" is {value!r}; it should be text')
@@ -57,3 +56,21 @@ def text_field(record: dict[str, Any], name: str, where: str, *, required: bool 
             "write it whole"
         ) from error
     return value
+
+
+def label_field(record: dict[str, Any], name: str, where: str) -> str:
+    """Return a field that rows are sorted by: text, a whole number as text, null as "".
+
+    Raises `PomonaError` naming file, line and field when the record has no such field.
+    """
+    if name not in record:
+        raise _missing(record, name, where)
+    value = record[name]
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return text_field(record, name, where, required=False)
+
+
+def _missing(record: dict[str, Any], name: str, where: str) -> PomonaError:
+    found = ", ".join(record) or "none"
+    return PomonaError(f'{where}: the field "{name}" is missing; the line has {found}')

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -71,7 +71,9 @@ def write_clients(folder: Path, seed: int) -> None:
 
 
 def _write_rows(path: Path, rows: Sequence[Row]) -> None:
-    write_text(path, "".join(json.dumps(asdict(row)) + "\n" for row in rows))
+    fields = ("instruction", "context", "response", "category")
+    records = [{name: getattr(row, name) for name in fields} for row in rows]
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def _federate(out: Path, settings: FederateSettings, progress: Progress) -> Path:

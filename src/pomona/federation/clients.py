@@ -1,11 +1,16 @@
 """The clients of a federation and where their rows come from."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pomona.data.formats import Auto, RowFormat
 from pomona.data.rows import Row, read_rows
+from pomona.data.tables import TABLES
 from pomona.errors import PomonaError
-from pomona.federation.partition import ByCategory, Partition, check_clients
+from pomona.federation.partition import ByCategory, Dealt, Partition, check_clients
+from pomona.federation.partition.dealing import by_category, shuffled
+from pomona.seeds import numpy_generator
 
 
 @dataclass(frozen=True)
@@ -18,56 +23,137 @@ class ClientRows:
 
 @dataclass(frozen=True)
 class ClientData:
-    """Ready files per client (`folder`), or one `train` and one `test` file dealt by a partition.
+    """Ready files per client (`folder`), or `train` and `test` rows dealt by a partition.
 
-    In `folder` every client has NAME.train.jsonl and NAME.test.jsonl. `format` is a row format or
-    "auto".
+    In `folder` every client has NAME.train.jsonl and NAME.test.jsonl, or .json, .csv, .parquet.
+    `train` and `test` are such files too, or data sets of the Hub (see `data.tables.read_table`). Without
+    `test`, `held_out` rows of every category of `train` are kept for testing. `category` names the
+    field that rows are dealt by, if it is not the format's own.
+
+    `test_rows` keeps so many test rows of each category (0 keeps all). With `central` these are one
+    test set for every client, of all clients' test rows where there are ready files; else they are
+    dealt by the rule that deals the train rows. Neither depends on the seed: all seeds are tested on
+    the same rows.
     """
 
     folder: Path | None = None
-    train: Path | None = None
-    test: Path | None = None
+    train: Path | str | None = None
+    test: Path | str | None = None
     partition: Partition = field(default_factory=ByCategory)
-    format: str = "auto"
+    format: RowFormat = field(default_factory=Auto)
+    category: str = ""
+    held_out: int = 0
+    test_rows: int = 0
+    central: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("held_out", "test_rows"):
+            if getattr(self, name) < 0:
+                raise PomonaError(f"data {name} {getattr(self, name)} is negative; use 0 or more")
         if (self.folder is None) == (self.train is None and self.test is None):
             raise PomonaError(
                 "data needs either folder (ready files per client) or train and test, not both"
             )
-        if self.folder is None and (self.train is None or self.test is None):
-            missing = "train" if self.train is None else "test"
-            raise PomonaError(f"data has no {missing} file; give train and test together")
+        if self.held_out and (self.folder is not None or self.test is not None):
+            raise PomonaError("data has test rows and held_out; leave one of them out")
+        if self.folder is None and self.train is None:
+            raise PomonaError("data has no train file; give train and test together")
+        if self.folder is None and self.test is None and not self.held_out:
+            raise PomonaError(
+                "data has no test file; give train and test together, or say in held_out how many rows "
+                "of each category of train to keep for it"
+            )
 
     def load(self, seed: int) -> dict[str, ClientRows]:
         """Return every client's rows, by name, in the order of the names.
 
         Raises `PomonaError` for a missing or broken file and for a client without rows.
         """
-        if self.folder is not None:
-            train, test = _read_folder(self.folder, self.format)
-        else:
-            assert self.train is not None and self.test is not None
-            train = self.partition(read_rows(self.train, self.format), seed, "train")
-            test = self.partition(read_rows(self.test, self.format), seed, "test")
+        train, test = self._ready() if self.folder is not None else self._dealt(seed)
         check_clients(train, test)
         for name in train:
             _check_name(name)
         return {name: ClientRows(train[name], test[name]) for name in sorted(train)}
 
+    def _dealt(self, seed: int) -> tuple[Dealt, Dealt]:
+        train, test = self._sources()
+        test = _some_of_each(test, self.test_rows)
+        if not self.central:
+            return self.partition(train, test, seed)
+        own, _ = self.partition(train, (), seed)
+        return own, _for_all(own, test)
 
-def _read_folder(folder: Path, format_: str) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
+    def _sources(self) -> tuple[list[Row], list[Row]]:
+        assert self.train is not None
+        rows = read_rows(self.train, self.format, "train", self.category)
+        if self.test is not None:
+            return rows, read_rows(self.test, self.format, "test", self.category)
+        kept = set(map(id, _some_of_each(rows, self.held_out)))
+        for category, own in by_category(rows).items():
+            if len(own) <= self.held_out:
+                raise PomonaError(
+                    f'{self.train} has {len(own)} rows of "{category}" and held_out takes '
+                    f"{self.held_out} of each category; make held_out smaller"
+                )
+        return [r for r in rows if id(r) not in kept], [r for r in rows if id(r) in kept]
+
+    def _ready(self) -> tuple[Dealt, Dealt]:
+        assert self.folder is not None
+        files = {split: _files(self.folder, split) for split in ("train", "test")}
+        names = list(files["train"])
+        for name in names:
+            if name not in files["test"]:
+                raise PomonaError(
+                    f'client "{name}" has no test rows: cannot read {self.folder / name}.test.jsonl, '
+                    "nor .json, .csv or .parquet; give it one"
+                )
+        train, test = (
+            {n: read_rows(own[n], self.format, split, self.category) for n in names}
+            for split, own in files.items()
+        )
+        if self.central:
+            return train, _for_all(
+                train, _some_of_each([row for own in test.values() for row in own], self.test_rows)
+            )
+        return train, {name: _some_of_each(own, self.test_rows) for name, own in test.items()}
+
+
+def _some_of_each(rows: Sequence[Row], count: int) -> list[Row]:
+    """Keep `count` rows of every category, in their order; 0 keeps all."""
+    chosen: set[int] = set()
+    for category, own in by_category(rows).items():
+        order = numpy_generator("test rows", category).permutation(len(own))
+        chosen |= {id(own[i]) for i in order[: count or None]}
+    return [row for row in rows if id(row) in chosen]
+
+
+def _for_all(clients: Dealt, test: Sequence[Row]) -> Dealt:
+    """Give every client the same test rows, mixed: measuring only the first ones stays fair."""
+    mixed = shuffled(test, "central test")
+    return dict.fromkeys(clients, mixed)
+
+
+def _files(folder: Path, split: str) -> dict[str, Path]:
+    """Return every client's file; raises `PomonaError` when there is none, or two for one client."""
     if not folder.is_dir():
         raise PomonaError(
             f"{folder} is not a folder; it should hold NAME.train.jsonl and NAME.test.jsonl "
             "for every client"
         )
-    names = sorted(path.name.removesuffix(".train.jsonl") for path in folder.glob("*.train.jsonl"))
-    if not names:
+    files: dict[str, Path] = {}
+    for path in sorted(folder.glob(f"*.{split}.*")):
+        name = path.name.removesuffix(f".{split}{path.suffix}")
+        if path.suffix not in TABLES or name == path.name:
+            continue
+        if name in files:
+            raise PomonaError(
+                f'client "{name}" has two files, {files[name].name} and {path.name}, in {folder}; '
+                "leave one"
+            )
+        files[name] = path
+    if not files and split == "train":
         raise PomonaError(f"{folder} holds no NAME.train.jsonl; name one such file per client")
-    train = {name: read_rows(folder / f"{name}.train.jsonl", format_) for name in names}
-    test = {name: read_rows(folder / f"{name}.test.jsonl", format_) for name in names}
-    return train, test
+    return files
 
 
 def _check_name(name: str) -> None:

@@ -4,13 +4,14 @@ import dataclasses
 import json
 import os
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tomli_w
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from pomona.data.tables import is_file_name
 from pomona.errors import PomonaError
 from pomona.recipe.registries import REGISTRIES, kind_of, lacking, member
 
@@ -60,7 +61,7 @@ def _value(hint: Any, value: Any, folder: Path, where: str, field: dataclasses.F
             raise PomonaError(f"{where} is {value!r}; it should be a table")
         return build(options[0], value, folder, where)  # pyright: ignore[reportArgumentType]
     if (Path in options or field.metadata.get("path")) and isinstance(value, str):
-        return _path(value, folder, where, Path in options)
+        return _path(value, folder, where, options)
     try:
         checked = TypeAdapter(hint, config=ConfigDict(allow_inf_nan=False))
         return checked.validate_json(json.dumps(value, default=_as_json), strict=True)
@@ -95,8 +96,8 @@ def _choice(protocol: Any, value: Any, folder: Path, where: str) -> Any:
     return made
 
 
-def _path(value: str, folder: Path, where: str, always: bool) -> Path | str:
-    """Expand variables and `~`; a model that is no folder here stays a Hub id."""
+def _path(value: str, folder: Path, where: str, options: Sequence[Any]) -> Path | str:
+    """Expand variables and `~`; what is no file where an id is taken too stays a Hub id."""
     expanded = os.path.expandvars(value)
     if "$" in expanded:
         raise PomonaError(
@@ -107,8 +108,10 @@ def _path(value: str, folder: Path, where: str, always: bool) -> Path | str:
         path = folder / Path(expanded).expanduser()
     except RuntimeError as error:
         raise PomonaError(f'{where} is "{value}", but there is no such home folder') from error
-    if always:
+    if str not in options:
         return path
+    if Path in options:  # rows: a file has one of a few suffixes, even where it is missing
+        return path if is_file_name(expanded) or path.exists() else expanded
     return str(path) if path.exists() or expanded.startswith((".", "/", "~")) else expanded
 
 

@@ -6,6 +6,7 @@ from importlib import import_module
 from inspect import Parameter, getattr_static, isfunction, signature
 from typing import Any
 
+from pomona.data.formats import FORMATS, RowFormat
 from pomona.data.templates import TEMPLATES, Template
 from pomona.errors import PomonaError
 from pomona.federation.partition import PARTITIONS, Partition
@@ -17,6 +18,7 @@ from pomona.reconstruction.router import ROUTERS, Router
 from pomona.reconstruction.scores import SCORES, Score
 
 REGISTRIES: dict[Any, dict[str, Any]] = {
+    RowFormat: FORMATS,
     Template: TEMPLATES,
     Partition: PARTITIONS,
     Selection: SELECTIONS,

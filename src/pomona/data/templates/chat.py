@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from pomona.data.row import Row
@@ -10,14 +11,17 @@ from pomona.errors import PomonaError
 
 @dataclass(frozen=True)
 class Chat:
-    """One user turn of instruction and context, after an optional `system` turn."""
+    """One user turn of instruction and context, after the turns before it.
+
+    `system` is the system turn of rows that have none of their own.
+    """
 
     system: str = ""
 
     def prompt(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
         """Return the rendered conversation up to where the assistant answers.
 
-        Raises `PomonaError` when the tokenizer has no chat template.
+        Raises `PomonaError` when the tokenizer has no chat template or its template refuses the turns.
         """
         if not tokenizer.chat_template:
             raise PomonaError(
@@ -25,7 +29,15 @@ class Chat:
                 'use the template "alpaca"'
             )
         asked = "\n\n".join(part for part in (row.instruction.strip(), row.context.strip()) if part)
-        turns = [{"role": "system", "content": self.system}] if self.system else []
+        turns = [{"role": role, "content": text.strip()} for role, text in row.history]
+        if self.system and (not row.history or row.history[0][0] != "system"):
+            turns.insert(0, {"role": "system", "content": self.system})
         turns.append({"role": "user", "content": asked})
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        try:
+            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:  # some take no system turn, or want turns to alternate
+            raise PomonaError(
+                f"{row.where or row.instruction[:40]}: the chat template of {tokenizer.name_or_path} "
+                f'refuses the conversation ({error}); leave the line out or use the template "alpaca"'
+            ) from error
         return str(text)
