@@ -22,9 +22,18 @@ from pomona.data.templates import Alpaca, Template
 from pomona.errors import PomonaError
 from pomona.federation.clients import ClientData, ClientRows
 from pomona.federation.cohort import FrozenBase
+from pomona.federation.cost import cost_of
+from pomona.federation.forgetting import forgetting_lines, held_out_windows
 from pomona.federation.graft import Graft
 from pomona.federation.local import LocalTraining, Task, train_cohort
-from pomona.federation.measure import Evaluation, answers_of, loss_summary, losses_of, routing_of
+from pomona.federation.measure import (
+    Evaluation,
+    Measured,
+    answers_of,
+    communication,
+    measured_of,
+    speed_of,
+)
 from pomona.federation.sampling import participants
 from pomona.federation.strategies import FedAvg, Strategy
 from pomona.federation.update import ClientState, Update, join, split
@@ -33,6 +42,7 @@ from pomona.models.loading import context_length, load_model, load_tokenizer
 from pomona.models.lora import LoRA
 from pomona.progress import Progress, silent
 from pomona.seeds import seed_of
+from pomona.shapes import Tokens
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,7 @@ class _Federation:
     rows: Mapping[str, ClientRows]
     train: Mapping[str, Sequence[Example]]
     test: Mapping[str, Sequence[Example]]
+    held_out: Mapping[str, Tokens]
     progress: Progress
 
 
@@ -132,8 +143,19 @@ def _prepare(
         rows,
         {name: encoded(client.train) for name, client in rows.items()},
         {name: encoded(client.test[:limit]) for name, client in rows.items()},
+        _held_out(settings, tokenizer),
         progress,
     )
+
+
+def _held_out(
+    settings: FederateSettings, tokenizer: PreTrainedTokenizerBase
+) -> Mapping[str, Tokens]:
+    """Read the text of forgetting before anything is trained: what is wrong with it shows at once."""
+    source, limit = settings.evaluation.forgetting, settings.evaluation.windows
+    if source is None:
+        return {}
+    return held_out_windows(source, tokenizer, settings.max_length, limit)
 
 
 def _sites(model: Any, graft: Graft | None) -> tuple[ExpertSite, ...]:
@@ -181,7 +203,7 @@ def _round(federation: _Federation, snapshot: Snapshot, round_: int) -> Snapshot
                 updates.append(Update(name, len(federation.train[name]), shared))
             metrics.append({"round": round_, "model": "training", "client": name, "losses": losses})
     server = settings.strategy.aggregate(snapshot.server, updates)
-    metrics.append(_communication(round_, snapshot.server.shared, updates, len(chosen)))
+    metrics.append(communication(round_, snapshot.server.shared, chosen, updates))
     trained = monotonic() - began
     if round_ % settings.evaluation.every == 0 or round_ == settings.rounds:
         metrics += _evaluate(federation, snapshot, private, server.shared, round_)
@@ -248,14 +270,7 @@ def _models(shared: Mapping[str, Tensor], private: ClientState) -> dict[str, Cli
 def _loss_line(
     federation: _Federation, round_: int, kind: str, name: str, state: ClientState
 ) -> dict[str, Any]:
-    losses = losses_of(
-        federation.base,
-        state,
-        federation.test[name],
-        federation.pad_id,
-        federation.settings.evaluation,
-    )
-    summary = loss_summary(losses)
+    summary = _measured(federation, name, state).summary()
     if not isfinite(summary["loss"]):
         raise PomonaError(
             f'client "{name}": the loss of the {kind} model is not finite after round {round_}; '
@@ -264,20 +279,14 @@ def _loss_line(
     return {"round": round_, "model": kind, "client": name, **summary}
 
 
-def _communication(
-    round_: int, sent: Mapping[str, Tensor], updates: Sequence[Update], clients: int
-) -> dict[str, Any]:
-    """Count what the server sends to each client of a round and what it receives."""
-
-    def size(tensors: Mapping[str, Tensor]) -> int:
-        return sum(value.nbytes for value in tensors.values())
-
-    return {
-        "round": round_,
-        "model": "communication",
-        "sent_bytes": size(sent) * clients,
-        "received_bytes": sum(size(update.shared) for update in updates),
-    }
+def _measured(federation: _Federation, name: str, state: ClientState) -> Measured:
+    return measured_of(
+        federation.base,
+        state,
+        federation.test[name],
+        federation.pad_id,
+        federation.settings.evaluation,
+    )
 
 
 def _finish(federation: _Federation, snapshot: Snapshot) -> dict[str, Any]:
@@ -289,14 +298,38 @@ def _finish(federation: _Federation, snapshot: Snapshot) -> dict[str, Any]:
     for done, (name, own) in enumerate(private.items()):
         federation.progress("answering", done, len(private))
         for kind, state in {"base": ClientState(), **_models(shared, own)}.items():
-            answers += _answer_lines(federation, name, kind, state)
+            found = _measured(federation, name, state)
+            answers += _answer_lines(federation, name, kind, state, found)
             if federation.base.sites:
-                routing.append(_routing_line(federation, name, kind, state))
+                routing.append(_routing_line(name, kind, found))
     _publish(federation, shared, private)
     run.write_answers(answers)
-    results = run.finish(assemble_results(answers, routing, federation.base.sites, private))
+    _write_options(federation, shared, private)
+    states = {name: join(shared, own) for name, own in private.items()}
+    untuned = [line for line in routing if line["model"] == "base"]
+    cost = cost_of(federation.base, states.values(), untuned)
+    results = run.finish(assemble_results(answers, routing, federation.base.sites, private, cost))
     federation.progress("answering", len(private), len(private))
     return results
+
+
+def _write_options(
+    federation: _Federation, shared: Mapping[str, Tensor], private: Mapping[str, ClientState]
+) -> None:
+    """Measure what is measured on demand: forgetting, speed."""
+    base, evaluation = federation.base, federation.settings.evaluation
+    if federation.held_out:
+        models = [("base", None, ClientState())]
+        models += [("shared", None, ClientState(shared))] if shared else []
+        for name, own in private.items():
+            models += [(k, name, s) for k, s in _models(shared, own).items() if k == "personal"]
+        lines = forgetting_lines(base, models, federation.held_out, evaluation.batch)
+        federation.run.write_forgetting(list(lines))
+    if evaluation.speed:
+        name, own = next(iter(private.items()))
+        length = federation.settings.max_length - evaluation.new_tokens
+        speed = speed_of(base, join(shared, own), length, evaluation.new_tokens)
+        federation.run.write_speed(name, speed)
 
 
 def _publish(
@@ -316,12 +349,9 @@ def _publish(
 
 
 def _answer_lines(
-    federation: _Federation, name: str, kind: str, state: ClientState
+    federation: _Federation, name: str, kind: str, state: ClientState, found: Measured
 ) -> list[dict[str, Any]]:
-    settings = federation.settings
-    losses = losses_of(
-        federation.base, state, federation.test[name], federation.pad_id, settings.evaluation
-    )
+    settings, losses = federation.settings, found.losses
     said = answers_of(
         federation.base,
         state,
@@ -331,7 +361,7 @@ def _answer_lines(
         settings.max_length,
         settings.evaluation,
     )
-    silent = {"rouge_l": None, "answer": None, "reference": None}
+    unsaid: dict[str, Any] = dict.fromkeys(("rouge_l", "exact_match", "answer", "reference"))
     return [
         {
             "client": name,
@@ -339,20 +369,17 @@ def _answer_lines(
             "row": row,
             "nats": loss.nats,
             "tokens": loss.tokens,
-            **(said[row] if row < len(said) else silent),
+            **(said[row] if row < len(said) else unsaid),
         }
         for row, loss in enumerate(losses)
     ]
 
 
-def _routing_line(
-    federation: _Federation, name: str, kind: str, state: ClientState
-) -> dict[str, Any]:
-    counts_LE, openness = routing_of(
-        federation.base,
-        state,
-        federation.test[name],
-        federation.pad_id,
-        federation.settings.evaluation,
-    )
-    return {"client": name, "model": kind, "counts": counts_LE.tolist(), "openness": openness}
+def _routing_line(name: str, kind: str, found: Measured) -> dict[str, Any]:
+    return {
+        "client": name,
+        "model": kind,
+        "counts": found.counts_LE.tolist(),
+        "tokens": found.tokens,
+        "openness": found.openness,
+    }

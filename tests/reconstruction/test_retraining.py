@@ -288,7 +288,9 @@ def test_it_goes_on_from_the_same_weights_only(dense_dir, tmp_path):
     shutil.copytree(dense_dir, dense)
     _halted(dense, DOMAINS, tmp_path / "out", settings)
     weights = load_file(dense / "model.safetensors")
-    save_file({name: tensor * 1.01 for name, tensor in weights.items()}, dense / "model.safetensors")
+    save_file(
+        {name: tensor * 1.01 for name, tensor in weights.items()}, dense / "model.safetensors"
+    )
     with pytest.raises(PomonaError, match="unfinished reconstruction of other weights"):
         reconstruct(dense, DOMAINS, tmp_path / "out", settings)
 

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.cluster.hierarchy import dendrogram
 
-from pomona.artifacts.table import FinishedRun, Line
+from pomona.artifacts.table import Line
 from pomona.evaluation.experts import ExpertLoad
 from pomona.reconstruction.affinity import DomainAffinity
 from pomona.reconstruction.cluster import Clusters
@@ -32,20 +32,6 @@ mpl.rcParams.update(
 )
 
 
-def convergence(runs: Sequence[FinishedRun]) -> str:
-    """Mean answer loss of the model each client is served by, over the rounds."""
-    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    base = _mean_by_round(runs[0], "base")
-    axes.axhline(base[0][1], color="#718096", linestyle="--", label="base (untuned)")
-    for run in runs:
-        points = [*base, *_mean_by_round(run, run.served)]
-        label = run.method if len({r.seed for r in runs}) == 1 else f"{run.method}, seed {run.seed}"
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
-    axes.set(xlabel="round", ylabel="nats per answer token")
-    _legend_above(figure, axes)
-    return svg(figure)
-
-
 def per_client(lines: Sequence[Line], ylabel: str) -> str:
     """One bar per client and method."""
     clients = list(lines[0].clients)
@@ -60,14 +46,19 @@ def per_client(lines: Sequence[Line], ylabel: str) -> str:
     if min(values) > 0.5 * max(values):  # small differences of large figures need a closer look
         axes.set_ylim(min(values) * 0.95, max(values) * 1.02)
     axes.set_ylabel(ylabel)
-    _legend_above(figure, axes)
+    legend_above(figure, axes)
     return svg(figure)
 
 
-def _legend_above(figure: Figure, axes: Axes) -> None:
-    """Where no bar and no line can be."""
+def legend_above(figure: Figure, axes: Axes) -> None:
+    """Put the legend where no bar and no line can be."""
     names = axes.get_legend_handles_labels()[1]
-    figure.legend(frameon=False, loc="outside upper center", ncols=min(4, len(names)))
+    figure.legend(
+        *axes.get_legend_handles_labels(),
+        frameon=False,
+        loc="outside upper center",
+        ncols=min(4, len(names)),
+    )
 
 
 def heat_map(
@@ -126,16 +117,6 @@ def affinity_map(affinity: DomainAffinity, clusters: Clusters) -> str:
     right.set_yticks(range(len(names)), names)
     figure.colorbar(image, ax=right, label="correlation")
     return svg(figure)
-
-
-def _mean_by_round(run: FinishedRun, model: str) -> list[tuple[int, float]]:
-    lines: list[Mapping[str, Any]] = [m for m in run.metrics if m["model"] == model]
-    rounds = sorted({line["round"] for line in lines})
-    means: list[tuple[int, float]] = []
-    for round_ in rounds:
-        losses = [line["loss"] for line in lines if line["round"] == round_]
-        means.append((round_, sum(losses) / len(losses)))
-    return means
 
 
 def svg(figure: Any) -> str:

@@ -7,12 +7,20 @@ import typer
 
 Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished run directories.")]
 Out = Annotated[Path, typer.Option("--out", metavar="FILE", help="The HTML file to write.")]
+Baseline = Annotated[
+    str | None,
+    typer.Option(
+        "--baseline",
+        metavar="NAME",
+        help="Test every method against this one, or base; all pairs if not given.",
+    ),
+]
 
 
-def report(runs: Runs, out: Out = Path("report.html")) -> None:
+def report(runs: Runs, out: Out = Path("report.html"), baseline: Baseline = None) -> None:
     """Write one self-contained HTML page that compares finished runs."""
     from pomona.artifacts.report import write_report
     from pomona.cli.console import console
 
-    write_report(runs, out)
+    write_report(runs, out, baseline)
     console.print(str(out))
