@@ -4,12 +4,15 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from pomona.artifacts.figures import legend_above, svg
+from pomona.artifacts.figures import svg
 from pomona.artifacts.finished import FinishedRun
 from pomona.artifacts.rounds import client_series, mean_series
+
+Color = str | tuple[float, float, float, float]
 
 _PANELS = {
     "training": "training loss",
@@ -25,19 +28,37 @@ def convergence(methods: Mapping[str, Sequence[FinishedRun]]) -> str:
     size = (7.0, 0.4 + 2.6 * len(shown))
     figure, grid = plt.subplots(len(shown), 1, figsize=size, layout="constrained", squeeze=False)
     for axes, model in zip(grid[:, 0], shown, strict=True):
-        for number, group in enumerate(methods.values()):
-            _draw(axes, group, model, f"C{number % 10}", list(methods)[number])
+        for color, (method, group) in zip(_colors(len(methods)), methods.items(), strict=True):
+            _draw(axes, group, model, color, method)
         if model != "training":
             base = next(iter(methods.values()))[0].results["base"]["mean"]["loss"]
             axes.axhline(base, color="#718096", linestyle="--", label="base (untuned)")
         axes.set(title=_PANELS[model], ylabel="nats per answer token")
         axes.xaxis.get_major_locator().set_params(integer=True)
     grid[-1, 0].set_xlabel("round")
-    legend_above(figure, max(grid[:, 0], key=lambda axes: len(axes.lines)))
+    # Panels may lack a method or the base: every name once.
+    named = dict[str, Artist]()
+    for axes in grid[:, 0]:
+        handles, names = axes.get_legend_handles_labels()
+        named |= dict(zip(names, handles, strict=True))
+    figure.legend(
+        list(named.values()),
+        list(named),
+        frameon=False,
+        loc="outside upper center",
+        ncols=min(4, len(named)),
+    )
     return svg(figure)
 
 
-def _draw(axes: Axes, runs: Sequence[FinishedRun], model: str, color: str, method: str) -> None:
+def _colors(count: int) -> list[Color]:
+    """Return the house's colours, or as many as there have to be."""
+    if count <= 5:
+        return [f"C{number}" for number in range(count)]
+    return [plt.get_cmap("turbo")(number / (count - 1)) for number in range(count)]
+
+
+def _draw(axes: Axes, runs: Sequence[FinishedRun], model: str, color: Color, method: str) -> None:
     start = [own for run in runs for own in client_series(run, "base").values()]
     series = [own for run in runs for own in client_series(run, model).values()]
     if not series:

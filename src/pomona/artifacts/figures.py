@@ -46,11 +46,11 @@ def per_client(lines: Sequence[Line], ylabel: str) -> str:
     if min(values) > 0.5 * max(values):  # small differences of large figures need a closer look
         axes.set_ylim(min(values) * 0.95, max(values) * 1.02)
     axes.set_ylabel(ylabel)
-    legend_above(figure, axes)
+    _legend_above(figure, axes)
     return svg(figure)
 
 
-def legend_above(figure: Figure, axes: Axes) -> None:
+def _legend_above(figure: Figure, axes: Axes) -> None:
     """Put the legend where no bar and no line can be."""
     names = axes.get_legend_handles_labels()[1]
     figure.legend(

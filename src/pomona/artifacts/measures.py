@@ -70,7 +70,8 @@ def ratio_rows(runs: Sequence[FinishedRun], model: str, client: str, measure: st
     kept = [_rows(run, model, client, above) for run in runs]
     top = [np.array([a[above] for a in rows], dtype=float) for rows in kept]
     bottom = [np.array([a[below] if below else 1 for a in rows], dtype=float) for rows in kept]
-    if len(set(map(_key, kept))) == 1:
+    keys = {_key(run, client, rows) for run, rows in zip(runs, kept, strict=True)}
+    if len(keys) == 1:
         return np.mean(top, axis=0), np.mean(bottom, axis=0)
     return np.concatenate(top), np.concatenate(bottom)
 
@@ -86,7 +87,7 @@ def row_keys(runs: Sequence[FinishedRun], model: str, measure: str) -> list[obje
     above = MEASURES[measure].above
     keys: list[object] = []
     for client in runs[0].results["base"]["clients"]:
-        own = [_key(_rows(run, model, client, above)) for run in runs]
+        own = [_key(run, client, _rows(run, model, client, above)) for run in runs]
         keys.append(own[:1] if len(set(own)) == 1 else own)
     return keys
 
@@ -99,5 +100,6 @@ def _rows(run: FinishedRun, model: str, client: str, above: str) -> list[dict[st
     ]
 
 
-def _key(rows: Sequence[dict[str, object]]) -> tuple[object, ...]:
-    return tuple((row["row"], row["tokens"]) for row in rows)
+def _key(run: FinishedRun, client: str, rows: Sequence[dict[str, object]]) -> tuple[object, ...]:
+    """Tell rows apart by their content and by what of their answers was measured."""
+    return run.test_rows.get(client), *((row["row"], row["tokens"]) for row in rows)

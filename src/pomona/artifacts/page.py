@@ -70,4 +70,4 @@ def number(value: float | None, digits: int, sign: str = "") -> str:
 
 def span(low: float, high: float, digits: int, sign: str = "") -> str:
     """Return an interval."""
-    return f"{low:{sign}.{digits}f} – {high:{sign}.{digits}f}"
+    return f"{low:{sign}.{digits}f} to {high:{sign}.{digits}f}"

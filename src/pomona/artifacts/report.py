@@ -12,16 +12,22 @@ from pomona.artifacts.sections.convergence import convergence
 from pomona.artifacts.sections.cost import cost
 from pomona.artifacts.sections.experts import experts
 from pomona.artifacts.sections.forgetting import forgetting
+from pomona.artifacts.sections.judged import judged
 from pomona.errors import PomonaError
 from pomona.files import write_text
 
 
-def write_report(paths: Sequence[Path], out: Path, baseline: str | None = None) -> None:
+def write_report(
+    paths: Sequence[Path],
+    out: Path,
+    baseline: str | None = None,
+    judgements: Sequence[Path] = (),
+) -> None:
     """Compare finished run directories on one page.
 
-    Methods are tested against `baseline`, a method's name or "base"; without one all pairs are. Raises
-    `PomonaError` when a directory is not a finished run, the runs measured other clients, or none is of
-    the baseline.
+    Methods are tested against `baseline`, a method's name or "base"; without one all pairs are.
+    `judgements` are files that `pomona judge` wrote. Raises `PomonaError` when a directory is not a
+    finished run, the runs measured other clients, none is of the baseline, or a file is no judgement.
     """
     runs = load_runs(paths)
     clients = {tuple(sorted(run.results["base"]["clients"])) for run in runs}
@@ -29,10 +35,12 @@ def write_report(paths: Sequence[Path], out: Path, baseline: str | None = None) 
         raise PomonaError(
             f"{paths[0]} and the other runs have different clients; report runs of one federation"
         )
-    write_text(out, page(runs, baseline))
+    write_text(out, page(runs, baseline, judgements))
 
 
-def page(runs: Sequence[FinishedRun], baseline: str | None = None) -> str:
+def page(
+    runs: Sequence[FinishedRun], baseline: str | None = None, judgements: Sequence[Path] = ()
+) -> str:
     """Return the page's HTML."""
     sections = [
         summary(runs),
@@ -40,6 +48,7 @@ def page(runs: Sequence[FinishedRun], baseline: str | None = None) -> str:
         convergence(runs),
         experts(runs),
         forgetting(runs, baseline),
+        judged(judgements),
         cost(runs),
         _origin(runs),
     ]

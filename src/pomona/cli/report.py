@@ -15,12 +15,21 @@ Baseline = Annotated[
         help="Test every method against this one, or base; all pairs if not given.",
     ),
 ]
+Judged = Annotated[
+    list[Path] | None,
+    typer.Option("--judged", metavar="FILE", help="What pomona judge --json wrote; several times."),
+]
 
 
-def report(runs: Runs, out: Out = Path("report.html"), baseline: Baseline = None) -> None:
+def report(
+    runs: Runs,
+    out: Out = Path("report.html"),
+    baseline: Baseline = None,
+    judged: Judged = None,
+) -> None:
     """Write one self-contained HTML page that compares finished runs."""
     from pomona.artifacts.report import write_report
     from pomona.cli.console import console
 
-    write_report(runs, out, baseline)
+    write_report(runs, out, baseline, judged or ())
     console.print(str(out))

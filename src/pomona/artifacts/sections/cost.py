@@ -115,4 +115,4 @@ def _lines(run: FinishedRun) -> list[Any]:
 
 
 def _megabytes(size: float) -> str:
-    return f"{size / 1e6:.2f}"
+    return f"{size / 1e6:.4g}"
