@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from pomona.artifacts import figures
 from pomona.artifacts.finished import FinishedRun
-from pomona.artifacts.measures import MEASURES, measured
+from pomona.artifacts.measures import MEASURES, Measure, measured
 from pomona.artifacts.page import figure, heading, note, number, span, table, text
 from pomona.artifacts.table import (
     BASE,
@@ -38,7 +38,6 @@ def answers(runs: Sequence[FinishedRun], baseline: str | None) -> str:
 
 def _measure(runs: Sequence[FinishedRun], measure: str, baseline: str | None) -> str:
     how, lines = MEASURES[measure], compare(runs, measure)
-    plot = figures.per_client(lines, how.title)
     return "".join(
         (
             heading(str(how)),
@@ -50,9 +49,16 @@ def _measure(runs: Sequence[FinishedRun], measure: str, baseline: str | None) ->
             ),
             _models(runs, measure),
             _differences(differences(runs, measure, baseline), how.digits, baseline),
-            figure(plot, "Per client. From answers.jsonl."),
+            _plot(lines, how),
         )
     )
+
+
+def _plot(lines: Sequence[Line], how: Measure) -> str:
+    """Draw the clients, but not twice: perplexity is the loss by another name."""
+    if how.transform is not None:
+        return note("From answers.jsonl.")
+    return figure(figures.per_client(lines, how.title), "Per client. From answers.jsonl.")
 
 
 def _lines(lines: Sequence[Line], digits: int) -> str:
