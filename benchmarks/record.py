@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pomona.artifacts.table import MEASURES, FinishedRun, compare, pairwise
+from pomona.artifacts.table import FinishedRun, compare, measured, pairwise
 from pomona.cli.console import console
 from pomona.files import write_json
 
@@ -37,8 +37,10 @@ def comparison_rows(runs: Sequence[FinishedRun]) -> list[dict[str, object]]:
             "clients": line.clients,
             "mean": line.mean.mean,
             "interval": [line.mean.low, line.mean.high],
+            "worst": line.worst,
+            "spread": line.spread,
         }
-        for measure in MEASURES
+        for measure in measured(runs)
         for line in compare(runs, measure)
     ]
     differences = [

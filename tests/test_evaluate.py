@@ -151,6 +151,8 @@ def test_rows_are_measured_as_the_run_measured_them(settings, run_dir, rows_dir,
         assert figures["perplexity"] == pytest.approx(math.exp(nats), rel=1e-4)
         rouge = sum(a["rouge_l"] for a in own) / len(own)
         assert figures["rouge_l"] == pytest.approx(rouge, abs=1e-9)
+        exact = sum(a["exact_match"] for a in own) / len(own)
+        assert figures["exact_match"] == pytest.approx(exact, abs=1e-9)
         found[kind] = figures["loss"]
     assert len(set(found.values())) == 3
 
@@ -170,6 +172,7 @@ def test_without_new_tokens_nothing_is_answered(moe_dir, rows_dir):
     figures = on(moe_dir, rows=rows_dir / "test.jsonl", new_tokens=0, limit=5)["test.jsonl"]
     assert figures["rows"] == 5
     assert "rouge_l" not in figures
+    assert "exact_match" not in figures
 
 
 def test_progress_ends_complete(moe_dir, rows_dir, texts):

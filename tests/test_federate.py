@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from transformers import AutoModelForCausalLM
 
 from pomona.artifacts import run as run_module
@@ -27,6 +27,7 @@ from pomona.federation.partition import Dirichlet
 from pomona.federation.settings import FederateSettings
 from pomona.federation.strategies import FedAvg, FedProx, LocalOnly
 from pomona.models.lora import LoRA
+from pomona.models.peft_format import read_adapter
 from pomona.recipe import dump
 
 UNTIMED = {"timings.jsonl"}
@@ -86,10 +87,12 @@ def test_a_run_leaves_what_it_promises(settings, tmp_path):
     assert [m["round"] for m in metrics if m["model"] == "base"] == [0, 0, 0]
     assert {m["round"] for m in metrics if m["model"] == "personal"} == {2, 3}
     assert {m["round"] for m in metrics if m["model"] == "training"} == {1, 2, 3}
-    shared = load_file(tmp_path / "run/shared/adapter_model.safetensors")
-    bytes_ = sum(t.nbytes for t in shared.values()) * 3
+    _, shared = read_adapter(tmp_path / "run/shared")
+    message = len(save(shared))
     sent = [m for m in metrics if m["model"] == "communication"]
-    assert all(m["sent_bytes"] == m["received_bytes"] == bytes_ for m in sent)
+    assert all(m["sent_bytes"] == m["received_bytes"] == 3 * message for m in sent)
+    assert all(m["sent"] == dict.fromkeys(("apples", "pears", "plums"), message) for m in sent)
+    assert all(m["received"] == m["sent"] for m in sent)
     moved = [t for name, t in shared.items() if "lora_B" in name]
     assert moved
     assert all(t.abs().max() > 0 for t in moved)
@@ -123,7 +126,6 @@ def test_shared_part_loads_in_peft_with_identical_logits(settings, tmp_path):
 
     from pomona.federation.cohort import FrozenBase
     from pomona.federation.update import ClientState
-    from pomona.models.peft_format import read_adapter
 
     run(replace(settings, graft=None), tmp_path / "run")
     tokens = torch.randint(3, 300, (2, 20), generator=torch.Generator().manual_seed(1))

@@ -15,12 +15,13 @@ from pomona.artifacts.report import write_report
 from pomona.artifacts.run import RunDirectory
 from pomona.errors import PomonaError
 from pomona.evaluate import on_rows
-from pomona.federate import FederateSettings, federate
+from pomona.federate import federate
 from pomona.federation.clients import ClientData
 from pomona.federation.graft import Graft
 from pomona.federation.local import LocalTraining
 from pomona.federation.measure import Evaluation
 from pomona.federation.selection import Gradient, Greedy, RandomExpert, SameExpert, Usage
+from pomona.federation.settings import FederateSettings
 from pomona.models.lora import LoRA
 from pomona.recipe import dump
 

@@ -86,7 +86,7 @@ def on_rows(
     progress: Progress = silent,
     note: Callable[[str], None] = lambda told: None,
 ) -> Figures:
-    """Return loss and perplexity of the rows' answers, and ROUGE-L where answers are generated.
+    """Return loss and perplexity of rows' answers, ROUGE-L and exact match of those generated.
 
     Without a `template` rows are asked as the adapter or graft says it was trained, else as Alpaca's;
     `note` is told when they are asked otherwise. Without a `length` the longest row has 512 tokens, or
@@ -105,18 +105,18 @@ def on_rows(
     encoded.sort(key=lambda pair: len(pair[1].input_ids))
     pad_id, evaluation = padding_id(tokenizer), Evaluation(new_tokens=max(new_tokens, 1))
     losses: list[RowLoss] = []
-    said: list[float] = []
+    said: list[Mapping[str, float]] = []
     told = _Steps(progress, len(encoded))
     for start in range(0, len(encoded), evaluation.batch):
         batch, examples = zip(*encoded[start : start + evaluation.batch], strict=True)
         losses += losses_of(base, state, examples, pad_id, evaluation)
         if new_tokens > 0:
-            answers = answers_of(base, state, batch, tokenizer, form, length, evaluation)
-            said += [answer["rouge_l"] for answer in answers]
+            said += answers_of(base, state, batch, tokenizer, form, length, evaluation)
         told.step(len(batch))
     told.end()
-    rouge = {"rouge_l": sum(said) / len(said)} if said else {}
-    return {rows.name: loss_summary(losses) | rouge}
+    kinds = ("rouge_l", "exact_match") if said else ()
+    means = {kind: sum(answer[kind] for answer in said) / len(said) for kind in kinds}
+    return {rows.name: loss_summary(losses) | means}
 
 
 def on_tasks(

@@ -23,10 +23,12 @@ from pomona.data.examples import Example, collate, encode, padding_id
 from pomona.errors import PomonaError
 from pomona.federation.clients import ClientRows
 from pomona.federation.cohort import FrozenBase
+from pomona.federation.cost import cost_of
+from pomona.federation.forgetting import forgetting_lines, held_out_windows
 from pomona.federation.graft import Graft, choose_experts
 from pomona.federation.holdings import Holdings, holdings_of
 from pomona.federation.local import Trained, train_cohort
-from pomona.federation.measure import answers_of, loss_summary, losses_of, routing_of
+from pomona.federation.measure import Measured, answers_of, communication, measured_of, speed_of
 from pomona.federation.privacy import epsilon, noise_key, protect
 from pomona.federation.sampling import participants, survivors
 from pomona.federation.settings import FederateSettings, Finish
@@ -45,6 +47,7 @@ from pomona.models.loading import context_length, load_model, load_tokenizer
 from pomona.models.peft_format import read_adapter
 from pomona.progress import Progress, Tell, silent, unheard
 from pomona.seeds import seed_of
+from pomona.shapes import Tokens
 
 POOLED = "everyone"
 
@@ -61,6 +64,7 @@ class _Federation:
     rows: Mapping[str, ClientRows]
     train: Mapping[str, Sequence[Example]]
     test: Mapping[str, Sequence[Example]]
+    held_out: Mapping[str, Tokens]
     progress: Progress
     tell: Tell
     holdings: Holdings
@@ -132,6 +136,7 @@ def _prepare(
         rows,
         _trainers(settings, {name: encoded(client.train) for name, client in rows.items()}),
         {name: encoded(client.test[:limit]) for name, client in rows.items()},
+        _held_out(settings, tokenizer),
         progress,
         tell,
         holdings,
@@ -145,6 +150,16 @@ def _trainers(
     if not settings.pooled:
         return train
     return {POOLED: [example for own in train.values() for example in own]}
+
+
+def _held_out(
+    settings: FederateSettings, tokenizer: PreTrainedTokenizerBase
+) -> Mapping[str, Tokens]:
+    """Read the text of forgetting before anything is trained: what is wrong with it shows at once."""
+    source, limit = settings.evaluation.forgetting, settings.evaluation.windows
+    if source is None:
+        return {}
+    return held_out_windows(source, tokenizer, settings.max_length, limit)
 
 
 def _sites(model: Any, graft: Graft | None) -> tuple[ExpertSite, ...]:
@@ -218,7 +233,7 @@ def _round(federation: _Federation, snapshot: Snapshot, round_: int) -> Snapshot
     protected, spent = _protect(federation, snapshot, updates, round_, len(chosen))
     server = strategy.aggregate(snapshot.server, protected)
     sent = _sent(strategy, snapshot.server)
-    metrics += [_communication(round_, sent, updates, len(chosen)), *spent]
+    metrics += [communication(round_, sent, chosen, updates), *spent]
     return _committed(federation, snapshot, round_, server, private, metrics, began)
 
 
@@ -338,14 +353,7 @@ def _models(
 def _loss_line(
     federation: _Federation, round_: int, kind: str, name: str, state: ClientState
 ) -> dict[str, Any]:
-    losses = losses_of(
-        federation.base,
-        state,
-        federation.test[name],
-        federation.pad_id,
-        federation.settings.evaluation,
-    )
-    summary = loss_summary(losses)
+    summary = _measured(federation, name, state).summary()
     if not isfinite(summary["loss"]):
         raise PomonaError(
             f'client "{name}": the loss of the {kind} model is not finite after round {round_}; '
@@ -354,20 +362,14 @@ def _loss_line(
     return {"round": round_, "model": kind, "client": name, **summary}
 
 
-def _communication(
-    round_: int, sent: Mapping[str, Tensor], updates: Sequence[Update], clients: int
-) -> dict[str, Any]:
-    """Count what the server sends to each client of a round and what it receives."""
-
-    def size(tensors: Mapping[str, Tensor]) -> int:
-        return sum(value.nbytes for value in tensors.values())
-
-    return {
-        "round": round_,
-        "model": "communication",
-        "sent_bytes": size(sent) * clients,
-        "received_bytes": sum(size(update.shared) for update in updates),
-    }
+def _measured(federation: _Federation, name: str, state: ClientState) -> Measured:
+    return measured_of(
+        federation.base,
+        state,
+        federation.test[name],
+        federation.pad_id,
+        federation.settings.evaluation,
+    )
 
 
 def _protect(
@@ -404,15 +406,42 @@ def _finish(federation: _Federation, snapshot: Snapshot) -> dict[str, Any]:
         federation.progress("answering", done, len(private))
         models = {"base": ClientState(), **_models(federation, shared, own)}
         for kind, state in models.items():
-            answers += _answer_lines(federation, name, kind, state)
+            found = _measured(federation, name, state)
+            answers += _answer_lines(federation, name, kind, state, found)
             if federation.base.sites:
-                routing.append(_routing_line(federation, name, kind, state))
+                routing.append(_routing_line(name, kind, found))
     _publish(federation, shared, private)
     run.write_answers(answers)
-    results = assemble_results(answers, routing, federation.base.sites, private)
+    _write_options(federation, shared, private)
+    states = {name: join(shared, own) for name, own in private.items()}
+    untuned = [line for line in routing if line["model"] == "base"]
+    cost = cost_of(federation.base, states.values(), untuned)
+    results = assemble_results(answers, routing, federation.base.sites, private, cost)
     results = run.finish({**results, "data": asdict(federation.holdings)})
     federation.progress("answering", len(private), len(private))
     return results
+
+
+def _write_options(
+    federation: _Federation, shared: Mapping[str, Tensor], private: Mapping[str, ClientState]
+) -> None:
+    """Measure what is measured on demand: forgetting, speed."""
+    base, evaluation = federation.base, federation.settings.evaluation
+    if federation.held_out:
+        models: list[tuple[str, str | None, ClientState]] = [("base", None, ClientState())]
+        for name, own in private.items():
+            served = _models(federation, shared, own)
+            if "shared" in served and len(models) == 1:
+                models.append(("shared", None, served["shared"]))
+            if "personal" in served:
+                models.append(("personal", name, served["personal"]))
+        lines = forgetting_lines(base, models, federation.held_out, evaluation.batch)
+        federation.run.write_forgetting(list(lines))
+    if evaluation.speed:
+        name, own = next(iter(private.items()))
+        length = federation.settings.max_length - evaluation.new_tokens
+        speed = speed_of(base, join(shared, own), length, evaluation.new_tokens)
+        federation.run.write_speed(name, speed)
 
 
 def _publish(
@@ -434,12 +463,9 @@ def _publish(
 
 
 def _answer_lines(
-    federation: _Federation, name: str, kind: str, state: ClientState
+    federation: _Federation, name: str, kind: str, state: ClientState, found: Measured
 ) -> list[dict[str, Any]]:
-    settings = federation.settings
-    losses = losses_of(
-        federation.base, state, federation.test[name], federation.pad_id, settings.evaluation
-    )
+    settings, losses = federation.settings, found.losses
     said = answers_of(
         federation.base,
         state,
@@ -449,7 +475,7 @@ def _answer_lines(
         settings.max_length,
         settings.evaluation,
     )
-    silent = {"rouge_l": None, "answer": None, "reference": None}
+    unsaid: dict[str, Any] = dict.fromkeys(("rouge_l", "exact_match", "answer", "reference"))
     return [
         {
             "client": name,
@@ -457,20 +483,17 @@ def _answer_lines(
             "row": row,
             "nats": loss.nats,
             "tokens": loss.tokens,
-            **(said[row] if row < len(said) else silent),
+            **(said[row] if row < len(said) else unsaid),
         }
         for row, loss in enumerate(losses)
     ]
 
 
-def _routing_line(
-    federation: _Federation, name: str, kind: str, state: ClientState
-) -> dict[str, Any]:
-    counts_LE, openness = routing_of(
-        federation.base,
-        state,
-        federation.test[name],
-        federation.pad_id,
-        federation.settings.evaluation,
-    )
-    return {"client": name, "model": kind, "counts": counts_LE.tolist(), "openness": openness}
+def _routing_line(name: str, kind: str, found: Measured) -> dict[str, Any]:
+    return {
+        "client": name,
+        "model": kind,
+        "counts": found.counts_LE.tolist(),
+        "tokens": found.tokens,
+        "openness": found.openness,
+    }

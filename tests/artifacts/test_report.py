@@ -76,6 +76,8 @@ def test_pairs_and_the_printed_table(runs):
         "mean",
         "95 % from",
         "95 % to",
+        "worst client",
+        "spread",
         "seeds",
     ]
 

@@ -11,7 +11,7 @@ import typer
 import pomona
 from pomona.cli.app import app, main
 
-COMMANDS = ("reconstruct", "federate", "evaluate", "report", "demo")
+COMMANDS = ("reconstruct", "federate", "evaluate", "judge", "report", "demo")
 
 
 def pomona_says(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:

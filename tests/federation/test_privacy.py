@@ -21,12 +21,13 @@ from pomona.artifacts import run as run_module
 from pomona.artifacts.report import write_report
 from pomona.artifacts.run import RunDirectory
 from pomona.errors import PomonaError
-from pomona.federate import FederateSettings, federate
+from pomona.federate import federate
 from pomona.federation.clients import ClientData
 from pomona.federation.graft import Graft
 from pomona.federation.local import LocalTraining
 from pomona.federation.measure import Evaluation
 from pomona.federation.privacy import KEY, Privacy, clipped, epsilon, noise_key, protect
+from pomona.federation.settings import FederateSettings
 from pomona.federation.strategies import (
     STRATEGIES,
     FedAvg,

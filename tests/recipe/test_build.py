@@ -161,6 +161,9 @@ def test_an_unknown_key_is_named_and_the_valid_ones_listed(tmp_path, text, named
         ('local = "fast"\n', ["local", "'fast'", "table"]),
         ('adapter = {targets = "q_proj"}\n', ["adapter: targets", "'q_proj'", "array"]),
         ("adapter = {targets = [1]}\n", ["adapter: targets", "[1]", "string"]),
+        ("evaluation = {forgetting = 3}\n", ["evaluation: forgetting", "3"]),
+        ("evaluation = {windows = -1}\n", ["evaluation: evaluation windows -1 is negative"]),
+        ("evaluation = {speed = 1}\n", ["evaluation: speed is 1", "boolean"]),
         ("rounds = 0\n", ["rounds 0", "1 or more"]),
         ('strategy = {kind = "fedprox", mu = -1.0}\n', ["strategy: FedProx mu -1.0"]),
         *(
@@ -469,3 +472,13 @@ def test_reconstruct_settings_that_are_no_table_are_refused(tmp_path):
 def test_what_reconstruct_needs_is_asked_for(given, missing):
     with pytest.raises(PomonaError, match=missing):
         read_reconstruct_recipe(None, given)
+
+
+def test_the_text_of_forgetting_is_found_from_the_recipe(tmp_path):
+    (tmp_path / "r.toml").write_text(
+        GOOD + DATA + '[evaluation]\nforgetting = "text"\nwindows = 3\n'
+    )
+    settings = read_recipe(tmp_path / "r.toml", FederateSettings)
+    assert settings.evaluation.forgetting == tmp_path / "text"
+    (tmp_path / "again.toml").write_text(dump(settings))
+    assert read_recipe(tmp_path / "again.toml", FederateSettings) == settings

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from pomona.federate import FederateSettings
 from pomona.federation.graft import Graft
 from pomona.federation.selection import RandomExpert, Reconstruction
+from pomona.federation.settings import FederateSettings
 from pomona.recipe import read_recipe
 
 

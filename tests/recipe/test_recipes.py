@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from pomona.federate import FederateSettings
+from pomona.federation.settings import FederateSettings
 from pomona.recipe import dump, read_recipe
 from pomona.recipe.reconstruct import read_reconstruct_recipe
 

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.cluster.hierarchy import dendrogram
 
-from pomona.artifacts.table import FinishedRun, Line
+from pomona.artifacts.table import Line
 from pomona.evaluation.experts import ExpertLoad
 from pomona.reconstruction.affinity import DomainAffinity
 from pomona.reconstruction.cluster import Clusters
@@ -30,20 +30,6 @@ mpl.rcParams.update(
         "axes.prop_cycle": cycler(color=["#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b7791f"]),
     }
 )
-
-
-def convergence(runs: Sequence[FinishedRun]) -> str:
-    """Mean answer loss of the model each client is served by, over the rounds."""
-    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    base = _mean_by_round(runs[0], "base")
-    axes.axhline(base[0][1], color="#718096", linestyle="--", label="base (untuned)")
-    for run in runs:
-        points = [*base, *_mean_by_round(run, run.served)]
-        label = run.method if len({r.seed for r in runs}) == 1 else f"{run.method}, seed {run.seed}"
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
-    axes.set(xlabel="round", ylabel="nats per answer token")
-    _legend_above(figure, axes)
-    return svg(figure)
 
 
 def per_client(lines: Sequence[Line], ylabel: str) -> str:
@@ -65,9 +51,14 @@ def per_client(lines: Sequence[Line], ylabel: str) -> str:
 
 
 def _legend_above(figure: Figure, axes: Axes) -> None:
-    """Where no bar and no line can be."""
+    """Put the legend where no bar and no line can be."""
     names = axes.get_legend_handles_labels()[1]
-    figure.legend(frameon=False, loc="outside upper center", ncols=min(4, len(names)))
+    figure.legend(
+        *axes.get_legend_handles_labels(),
+        frameon=False,
+        loc="outside upper center",
+        ncols=min(4, len(names)),
+    )
 
 
 def heat_map(
@@ -126,16 +117,6 @@ def affinity_map(affinity: DomainAffinity, clusters: Clusters) -> str:
     right.set_yticks(range(len(names)), names)
     figure.colorbar(image, ax=right, label="correlation")
     return svg(figure)
-
-
-def _mean_by_round(run: FinishedRun, model: str) -> list[tuple[int, float]]:
-    lines: list[Mapping[str, Any]] = [m for m in run.metrics if m["model"] == model]
-    rounds = sorted({line["round"] for line in lines})
-    means: list[tuple[int, float]] = []
-    for round_ in rounds:
-        losses = [line["loss"] for line in lines if line["round"] == round_]
-        means.append((round_, sum(losses) / len(losses)))
-    return means
 
 
 def svg(figure: Any) -> str:

@@ -7,15 +7,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pomona.artifacts.results import read_results
+from pomona.artifacts.inputs import Inputs
+from pomona.artifacts.results import FORGETTING, SPEED, SpeedFile, read_results
 from pomona.artifacts.run import read_about
 from pomona.errors import PomonaError
-from pomona.files import damaged, digest_of
+from pomona.evaluation.exact import exact_match
+from pomona.files import damaged, digest_of, read_as
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What a run directory tells once it is finished."""
+    """What a run directory tells once it is finished.
+
+    `test_rows` is the digest of every client's test rows; `forgetting` and `speed` are there if the
+    recipe asked for them.
+    """
 
     path: Path
     method: str
@@ -25,6 +31,9 @@ class FinishedRun:
     answers: Sequence[Mapping[str, Any]] = field(repr=False)
     metrics: Sequence[Mapping[str, Any]] = field(repr=False)
     recipe: str = field(repr=False)
+    test_rows: Mapping[str, str] = field(repr=False)
+    forgetting: Sequence[Mapping[str, Any]] = field(default=(), repr=False)
+    speed: SpeedFile | None = field(default=None, repr=False)
 
     @property
     def served(self) -> str:
@@ -54,20 +63,34 @@ def _load(path: Path) -> FinishedRun:
     for name, digest in results["files"].items():
         if digest_of(path / name) != digest:
             raise damaged(path / name, "it is not what the run wrote")
+    inputs = read_as(path / "inputs.json", Inputs)
     return FinishedRun(
         path,
         about["method"],
         about["seed"],
         about,
         results,
-        _lines(path / "answers.jsonl"),
+        [_with_match(line) for line in _lines(path / "answers.jsonl")],
         _lines(path / "metrics.jsonl"),
         (path / "recipe.toml").read_text("utf-8"),
+        {name: own["test"] for name, own in inputs.clients.items()},
+        _lines(path / FORGETTING) if FORGETTING in results["files"] else (),
+        read_as(path / SPEED, SpeedFile) if (path / SPEED).is_file() else None,
     )
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def _with_match(answer: dict[str, Any]) -> dict[str, Any]:
+    """Runs of before exact match was measured hold all that it takes."""
+    if "exact_match" in answer:
+        return answer
+    said = answer["answer"] is not None
+    return answer | {
+        "exact_match": exact_match(answer["answer"], answer["reference"]) if said else None
+    }
 
 
 def _check_comparable(a: FinishedRun, b: FinishedRun) -> None:

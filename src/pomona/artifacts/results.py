@@ -10,12 +10,15 @@ from torch import Tensor
 
 from pomona.evaluation.experts import expert_load
 from pomona.evaluation.loss import perplexity
+from pomona.evaluation.speed import Speed
 from pomona.federation.graft import selected_experts
 from pomona.federation.holdings import Holdings
 from pomona.federation.update import ClientState
 from pomona.files import damaged, read_as, read_object
 from pomona.models.experts import ExpertSite
 
+FORGETTING = "forgetting.jsonl"
+SPEED = "speed.json"
 MODELS = ("base", "shared", "personal")
 
 
@@ -24,6 +27,7 @@ class _Figures:
     loss: float
     perplexity: float
     rouge_l: float | None
+    exact_match: float | None = None
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,33 @@ class _Routing:
 
 
 @dataclass(frozen=True)
+class _Bytes:
+    all_parameters: int
+    lora_everywhere: int
+
+
+@dataclass(frozen=True)
+class _Flops:
+    base: float
+    adapter: float
+    graft: float
+
+
+@dataclass(frozen=True)
+class _Cost:
+    bytes: _Bytes
+    flops_per_token: _Flops
+
+
+@dataclass(frozen=True)
+class SpeedFile:
+    """speed.json: how fast the base and, beside it, one client's model generate."""
+
+    client: str
+    speeds: dict[str, Speed]
+
+
+@dataclass(frozen=True)
 class _Results:
     """results.json, as `assemble_results` makes it and a run adds the digests of its files."""
 
@@ -50,6 +81,7 @@ class _Results:
     routing: dict[str, _Routing]
     data: Holdings
     files: dict[str, str]
+    cost: _Cost | None = None
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -72,10 +104,12 @@ def assemble_results(
     routing: Sequence[Mapping[str, Any]],
     sites: Sequence[ExpertSite],
     private: Mapping[str, ClientState],
+    cost: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return results.json: per model the clients' figures and their mean; selection, gates, routing.
 
-    A model that a method does not have (the shared one of local-only) is null.
+    `cost` is what the method costs (`federation.cost`). A model that a method does not have (the
+    shared one of local-only) is null.
     """
     grafted = {name: own.graft for name, own in private.items() if own.graft}
     return {
@@ -88,6 +122,7 @@ def assemble_results(
             for model in MODELS
             if any(line["model"] == model for line in routing)
         },
+        "cost": cost,
     }
 
 
@@ -96,7 +131,7 @@ def _of_model(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         return None
     names = list(dict.fromkeys(answer["client"] for answer in answers))
     clients = {name: _of_client([a for a in answers if a["client"] == name]) for name in names}
-    keys = ("loss", "perplexity", "rouge_l")
+    keys = ("loss", "perplexity", "rouge_l", "exact_match")
     return {
         "mean": {key: _mean([client[key] for client in clients.values()]) for key in keys},
         "clients": clients,
@@ -105,8 +140,8 @@ def _of_model(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 def _of_client(answers: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     loss = sum(a["nats"] for a in answers) / sum(a["tokens"] for a in answers)
-    rouge = _mean([a["rouge_l"] for a in answers if a["rouge_l"] is not None])
-    return {"loss": loss, "perplexity": perplexity(loss), "rouge_l": rouge}
+    said = {key: _mean([a[key] for a in answers]) for key in ("rouge_l", "exact_match")}
+    return {"loss": loss, "perplexity": perplexity(loss), **said}
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -22,8 +22,9 @@ from pomona.artifacts.about import read_about, write_about
 from pomona.artifacts.graft_format import write_graft
 from pomona.artifacts.inputs import Inputs, difference
 from pomona.artifacts.origin import ORIGIN, Origin
-from pomona.artifacts.results import read_results
+from pomona.artifacts.results import FORGETTING, SPEED, SpeedFile, read_results
 from pomona.errors import PomonaError
+from pomona.evaluation.speed import Speed
 from pomona.federation.graft import Graft
 from pomona.federation.strategies import ServerState
 from pomona.federation.update import ClientState
@@ -217,15 +218,24 @@ class RunDirectory:
 
     def write_answers(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write the final evaluation row by row."""
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_text(self.path / "answers.jsonl", text)
+        self._write_lines("answers.jsonl", rows)
+
+    def write_forgetting(self, windows: Sequence[Mapping[str, Any]]) -> None:
+        """Write the losses of held-out text, window by window."""
+        self._write_lines(FORGETTING, windows)
+
+    def write_speed(self, client: str, speeds: Mapping[str, Speed]) -> None:
+        """Write how fast the base and a client's model generate; like all times, never twice the same."""
+        timed = SpeedFile(client, dict(speeds))
+        write_json(self.path / SPEED, asdict(timed))
 
     def finish(self, results: Mapping[str, Any]) -> dict[str, Any]:
         """Write the results, which makes the run finished, and drop the checkpoint.
 
         Returns them with the digests of the files they were drawn from, as they are read back.
         """
-        files = {name: digest_of(self.path / name) for name in _KEPT}
+        kept = (*_KEPT, *(name for name in (FORGETTING,) if (self.path / name).is_file()))
+        files = {name: digest_of(self.path / name) for name in kept}
         write_json(self.path / "results.json", {**results, "files": files})
         shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
         return self.results()
@@ -233,6 +243,10 @@ class RunDirectory:
     def results(self) -> dict[str, Any]:
         """Return the final results of a finished run."""
         return read_results(self.path / "results.json")
+
+    def _write_lines(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_text(self.path / name, text)
 
     def _read_state(self) -> _State | None:
         path = self.path / "checkpoint" / "state.json"

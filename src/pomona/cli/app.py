@@ -11,6 +11,7 @@ import pomona
 from pomona.cli.demo import demo
 from pomona.cli.evaluate import evaluate
 from pomona.cli.federate import federate
+from pomona.cli.judge import judge
 from pomona.cli.reconstruct import reconstruct
 from pomona.cli.report import report
 from pomona.errors import PomonaError
@@ -55,6 +56,7 @@ for command, interrupted in {
     reconstruct: GO_ON,
     federate: GO_ON,
     evaluate: NOTHING_KEPT,
+    judge: NOTHING_KEPT,
     report: NOTHING_KEPT,
     demo: GO_ON,
 }.items():

@@ -50,12 +50,12 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 def print_comparison(runs: Sequence[Path]) -> None:
     """Print finished runs side by side: one table per measure, the untuned base first."""
-    from pomona.artifacts.table import MEASURES, load_runs, table
+    from pomona.artifacts.table import MEASURES, load_runs, measured, table
 
     finished = load_runs(runs)
-    for measure, title in MEASURES.items():
+    for measure in measured(finished):
         header, rows = table(finished, measure)
-        print_table(title, header, rows)
+        print_table(str(MEASURES[measure]), header, rows)
 
 
 @dataclass

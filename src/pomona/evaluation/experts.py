@@ -44,3 +44,15 @@ def expert_load(counts_LE: Int[Tensor, "L E"], num_experts: Sequence[int]) -> Ex
     # E · Σ share² is 1 + variation² for shares that sum to one.
     square_L = experts_L * share_LE.square().sum(1) - share_LE.sum(1)
     return ExpertLoad(share_LE, entropy_L, square_L.clamp_min(0).sqrt(), tuple(num_experts))
+
+
+def load_drift(counts_LE: Int[Tensor, "L E"], base_LE: Int[Tensor, "L E"]) -> Float[Tensor, " L"]:
+    """Return the total variation between two loads per layer: ½ Σ |p − q|, from 0 to 1.
+
+    It is the least share of assignments that went to another expert: those that changed places with
+    one another do not show.
+    """
+    shares = [
+        n_LE.double() / n_LE.sum(1, keepdim=True).clamp_min(1) for n_LE in (counts_LE, base_LE)
+    ]
+    return (shares[0] - shares[1]).abs().sum(1) / 2

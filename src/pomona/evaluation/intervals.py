@@ -5,13 +5,14 @@ ratio Σ numerator / Σ denominator (nats per token; or a plain mean, with denom
 drawn with replacement inside each client, so that no client's weight changes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 Ratio = tuple[NDArray[np.float64], NDArray[np.float64]]
+Transform = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -32,34 +33,50 @@ class Comparison:
 
 
 def ratio_bootstrap(
-    clients: Sequence[Ratio], seed: int = 0, draws: int = 2000, level: float = 0.95
+    clients: Sequence[Ratio],
+    seed: int = 0,
+    draws: int = 2000,
+    level: float = 0.95,
+    transform: Transform | None = None,
 ) -> Interval:
-    """Return the mean over clients of Σ numerator / Σ denominator with its percentile interval."""
-    drawn = _draws(clients, seed, draws)
-    return _interval(_figure(clients), drawn, level)
+    """Return the mean over clients of Σ numerator / Σ denominator with its percentile interval.
+
+    `transform` is applied to every client's ratio: the exponential makes losses perplexities.
+    """
+    drawn = _draws(clients, seed, draws, transform)
+    return _interval(_figure(clients, transform), drawn, level)
 
 
 def paired_bootstrap(
-    a: Sequence[Ratio], b: Sequence[Ratio], seed: int = 0, draws: int = 2000, level: float = 0.95
+    a: Sequence[Ratio],
+    b: Sequence[Ratio],
+    seed: int = 0,
+    draws: int = 2000,
+    level: float = 0.95,
+    transform: Transform | None = None,
 ) -> Comparison:
     """Compare two methods measured on the same rows: every draw takes the same rows of both."""
-    drawn = _draws(a, seed, draws) - _draws(b, seed, draws)
+    drawn = _draws(a, seed, draws, transform) - _draws(b, seed, draws, transform)
     tail = min(float(np.mean(drawn <= 0)), float(np.mean(drawn >= 0)))
-    difference = _interval(_figure(a) - _figure(b), drawn, level)
+    difference = _interval(_figure(a, transform) - _figure(b, transform), drawn, level)
     return Comparison(difference, min(1.0, max(2 * tail, 1 / draws)))
 
 
-def _figure(clients: Sequence[Ratio]) -> float:
-    return float(np.mean([top.sum() / bottom.sum() for top, bottom in clients]))
+def _figure(clients: Sequence[Ratio], transform: Transform | None) -> float:
+    ratios = np.array([top.sum() / bottom.sum() for top, bottom in clients])
+    return float(np.mean(ratios if transform is None else transform(ratios)))
 
 
-def _draws(clients: Sequence[Ratio], seed: int, draws: int) -> NDArray[np.float64]:
+def _draws(
+    clients: Sequence[Ratio], seed: int, draws: int, transform: Transform | None
+) -> NDArray[np.float64]:
     """Return the figure of every resample [draws]; equal seeds draw equal rows."""
     generator = np.random.default_rng(seed)
     total = np.zeros(draws)
     for top, bottom in clients:
         chosen = generator.integers(len(top), size=(draws, len(top)))
-        total += top[chosen].sum(1) / bottom[chosen].sum(1)
+        ratio = top[chosen].sum(1) / bottom[chosen].sum(1)
+        total += ratio if transform is None else transform(ratio)
     return total / len(clients)
 
 

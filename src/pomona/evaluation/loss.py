@@ -1,7 +1,8 @@
 """Nats per token: of answers and of plain text."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import cast
 
@@ -12,7 +13,13 @@ from transformers import PreTrainedModel
 
 from pomona.data.examples import Example, collate
 from pomona.models.logits import labelled_logits
-from pomona.shapes import Tokens
+from pomona.shapes import AttentionMask, Tokens
+
+Within = Callable[[AttentionMask], AbstractContextManager[object]]
+
+
+def _nothing(_mask_BT: AttentionMask) -> AbstractContextManager[object]:
+    return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -25,20 +32,26 @@ class RowLoss:
 
 @torch.no_grad()
 def answer_losses(
-    model: torch.nn.Module, examples: Sequence[Example], pad_id: int, batch_size: int = 32
+    model: torch.nn.Module,
+    examples: Sequence[Example],
+    pad_id: int,
+    batch_size: int = 32,
+    within: Within = _nothing,
 ) -> list[RowLoss]:
     """Return every example's answer loss, in the order given.
 
-    Rows of like length share a batch, so that little padding is computed.
+    Rows of like length share a batch, so that little padding is computed. Each batch's forward pass
+    runs inside `within(attention_mask_BT)`, where whoever wants to can watch.
     """
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
     losses: dict[int, RowLoss] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = collate([examples[i] for i in chosen], pad_id)
-        logits_ZV = labelled_logits(
-            model, batch.input_ids_BT, batch.attention_mask_BT, batch.label_mask_BT
-        )
+        with within(batch.attention_mask_BT):
+            logits_ZV = labelled_logits(
+                model, batch.input_ids_BT, batch.attention_mask_BT, batch.label_mask_BT
+            )
         nats_Z = fn.cross_entropy(
             logits_ZV.float(), batch.input_ids_BT[batch.label_mask_BT], reduction="none"
         )

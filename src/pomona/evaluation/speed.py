@@ -1,7 +1,8 @@
 """How fast models generate: the prompt at once, then token after token."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -38,18 +39,22 @@ def generation_speeds(
     new_tokens: int,
     repeats: int,
     progress: Progress = silent,
+    worn: Mapping[str, Callable[[], AbstractContextManager[object]]] | None = None,
 ) -> dict[str, Speed]:
     """Time greedy generation with a cache for a batch of one, the models side by side.
 
     Every repeat runs all models, in turn forwards and backwards, so that whatever else the machine
     does meets all of them. A first repeat warms up and is thrown away. An end-of-sequence token ends
-    nothing: every repeat does the same work.
+    nothing: every repeat does the same work. `worn` says what is on a model meanwhile, by its name, so
+    that one model in memory can be measured with and without a client's parts; putting them on is not
+    timed.
     """
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     for repeat in range(repeats + 1):
         progress("generating", repeat, repeats + 1)
         for name in models if repeat % 2 else reversed(list(models)):
-            seconds[name].append(_generate(models[name], prompt_BT, new_tokens))
+            with (worn or {}).get(name, nullcontext)():
+                seconds[name].append(_generate(models[name], prompt_BT, new_tokens))
     progress("generating", repeats + 1, repeats + 1)
     return {
         name: Speed(prompt_BT.shape[1], new_tokens, *zip(*timed[1:], strict=True))

@@ -1,26 +1,32 @@
 """What is measured of one client's model: answer loss, answers, routing, gates."""
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from safetensors.torch import save
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from pomona.data.examples import Example, collate, encode_prompt
+from pomona.data.examples import Example, encode_prompt
 from pomona.data.rows import Row
 from pomona.data.templates import Template
 from pomona.errors import PomonaError
 from pomona.evaluation.answers import greedy_answers
+from pomona.evaluation.exact import exact_match
 from pomona.evaluation.loss import RowLoss, answer_losses, perplexity
 from pomona.evaluation.rouge import rouge_l
+from pomona.evaluation.speed import Speed, generation_speeds
 from pomona.federation.cohort import FrozenBase
 from pomona.federation.graft import measure_gates
-from pomona.federation.update import ClientState
+from pomona.federation.update import ClientState, Update
 from pomona.models.routing import count_routing
-from pomona.shapes import TokenMask
+from pomona.shapes import AttentionMask, TokenMask
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,10 @@ class Evaluation:
     """When and on how much a federation is evaluated.
 
     Losses every `every` rounds and at the end, on the first `rows` test rows of each client (0: all);
-    at the end also ROUGE-L of greedy answers of up to `new_tokens` tokens on the first `answers` rows.
+    at the end also ROUGE-L and exact match of greedy answers of up to `new_tokens` tokens on the first
+    `answers` rows. `forgetting` is text (a folder of domains, a glob or a file) of which the first
+    `windows` windows of `max_length` tokens per domain (0: all) are measured at the end, under every
+    model; `speed` times generation with one client's parts on, beside the base.
     """
 
     every: int = 5
@@ -36,6 +45,9 @@ class Evaluation:
     answers: int = 32
     new_tokens: int = 64
     batch: int = 32
+    forgetting: Path | None = None
+    windows: int = 16
+    speed: bool = False
 
     def __post_init__(self) -> None:
         for name in ("every", "new_tokens", "batch"):
@@ -43,11 +55,35 @@ class Evaluation:
                 raise PomonaError(
                     f"evaluation {name} {getattr(self, name)} is not positive; use 1 or more"
                 )
-        for name in ("rows", "answers"):
+        for name in ("rows", "answers", "windows"):
             if getattr(self, name) < 0:
                 raise PomonaError(
                     f"evaluation {name} {getattr(self, name)} is negative; use 0 or more"
                 )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model on one client's test rows.
+
+    counts_LE: assignments per expert [L, E] of the rows' `tokens`, padding left out; layers with fewer
+    experts than the widest are filled with zeros. openness: the mean gate σ per layer, empty without a
+    graft.
+    """
+
+    losses: list[RowLoss]
+    counts_LE: Int[Tensor, "L E"]
+    openness: list[float]
+    tokens: int
+
+    def summary(self) -> dict[str, Any]:
+        """Return the loss in nats per token and what it was measured on, routing and gates if any."""
+        found: dict[str, Any] = loss_summary(self.losses)
+        if len(self.counts_LE):
+            found["counts"] = self.counts_LE.tolist()
+        if self.openness:
+            found["openness"] = self.openness
+        return found
 
 
 def losses_of(
@@ -78,7 +114,7 @@ def answers_of(
     max_length: int,
     evaluation: Evaluation,
 ) -> list[dict[str, Any]]:
-    """Return each row's greedy answer, its reference and their ROUGE-L (0..100)."""
+    """Return each row's greedy answer, its reference and their ROUGE-L and exact match (0..100)."""
     room = max_length - evaluation.new_tokens
     prompts = [encode_prompt(row, template, tokenizer, room) for row in rows]
     with base.attach_one(state):
@@ -88,6 +124,7 @@ def answers_of(
     return [
         {
             "rouge_l": rouge_l(answer, row.response),
+            "exact_match": exact_match(answer, row.response),
             "answer": answer,
             "reference": row.response,
         }
@@ -95,43 +132,79 @@ def answers_of(
     ]
 
 
-def routing_of(
+def measured_of(
     base: FrozenBase,
     state: ClientState,
     examples: Sequence[Example],
     pad_id: int,
     evaluation: Evaluation,
-) -> tuple[torch.Tensor, list[float]]:
-    """Return tokens per expert [L, E] and the mean gate openness per layer (empty without a graft).
-
-    Layers with fewer experts than the widest are filled with zeros. Padding is not counted.
-    """
+) -> Measured:
+    """Measure answer losses and, in the same forward passes, routing and gates of one client's state."""
     total_LE = torch.zeros(
-        len(base.sites), max(site.num_experts for site in base.sites), dtype=torch.int64
+        len(base.sites), max((site.num_experts for site in base.sites), default=0), dtype=torch.long
     )
     openness: list[list[float]] = []
     tokens: list[int] = []
-    with base.attach_one(state), torch.no_grad():
-        for start in range(0, len(examples), evaluation.batch):
-            batch = collate(examples[start : start + evaluation.batch], pad_id)
-            mask_BT = batch.attention_mask_BT.bool()
-            with count_routing(base.sites, mask_BT=mask_BT) as counts:
-                with _gates(base, state, mask_BT) as gates:
-                    base.model(
-                        input_ids=batch.input_ids_BT,
-                        attention_mask=batch.attention_mask_BT,
-                        use_cache=False,
-                        logits_to_keep=1,
-                    )
-            total_LE += counts.counts_LCE[:, 0]
-            openness.append(gates)
-            tokens.append(int(mask_BT.sum()))
+
+    @contextmanager
+    def watch(mask_BT: AttentionMask) -> Generator[None]:
+        keep_BT = mask_BT.bool()
+        with (
+            count_routing(base.sites, mask_BT=keep_BT) as counts,
+            _gates(base, state, keep_BT) as gates,
+        ):
+            yield
+        total_LE.add_(counts.counts_LCE[:, 0])
+        openness.append(gates)
+        tokens.append(int(keep_BT.sum()))
+
+    with base.attach_one(state):
+        losses = answer_losses(base.model, examples, pad_id, evaluation.batch, watch)
     shares = [count / sum(tokens) for count in tokens]
     mean = [
         math.fsum(s * g for s, g in zip(shares, layer, strict=True))
         for layer in zip(*openness, strict=True)
     ]
-    return total_LE, mean
+    return Measured(losses, total_LE, mean, sum(tokens))
+
+
+def speed_of(
+    base: FrozenBase, state: ClientState, prompt: int, new_tokens: int, repeats: int = 5
+) -> dict[str, Speed]:
+    """Time greedy generation of the base and of one client's model, side by side, in turn."""
+    vocabulary = base.model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    prompt_BT = torch.randint(vocabulary, (1, prompt), generator=generator)
+    models = {"base": base.model, "client": base.model}
+    worn = {"client": lambda: base.attach_one(state)}
+    return generation_speeds(models, prompt_BT, new_tokens, repeats, worn=worn)
+
+
+def communication(
+    round_: int, sent: Mapping[str, Tensor], clients: Sequence[str], updates: Sequence[Update]
+) -> dict[str, Any]:
+    """Return the line of a round's messages: bytes to and from every client, and of all together.
+
+    They are measured at the message as it is serialised (safetensors, header included); nothing to
+    send is no message.
+    """
+    size = message_bytes(sent)
+    received = {update.client: message_bytes(update.shared) for update in updates}
+    return {
+        "round": round_,
+        "model": "communication",
+        "sent_bytes": size * len(clients),
+        "received_bytes": sum(received.values()),
+        "sent": dict.fromkeys(clients, size),
+        "received": {name: received.get(name, 0) for name in clients},
+    }
+
+
+def message_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Return the length of tensors as a message."""
+    if not tensors:
+        return 0
+    return len(save({name: value.detach().contiguous() for name, value in tensors.items()}))
 
 
 def _gates(

@@ -1,0 +1,118 @@
+"""What methods cost: bytes between server and clients, FLOPs and time per token."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pomona.artifacts.finished import FinishedRun
+from pomona.artifacts.page import heading, note, number, table
+from pomona.artifacts.table import methods_of
+
+
+def cost(runs: Sequence[FinishedRun]) -> str:
+    """Return the tables of communication and, where they were counted, of FLOPs and speed."""
+    first = [group[0] for group in methods_of(runs).values()]
+    return _communication(runs) + _per_client(first) + _flops(first) + _speed(runs)
+
+
+def _communication(runs: Sequence[FinishedRun]) -> str:
+    body: list[list[str]] = []
+    for run in runs:
+        lines = _lines(run)
+        sent, received = (sum(m[f"{way}_bytes"] for m in lines) for way in ("sent", "received"))
+        messages = sum(len(m["sent"]) for m in lines if "sent" in m)
+        each = (sent + received) / 2 / messages if messages else None
+        body.append(
+            [
+                run.method,
+                str(run.seed),
+                _megabytes(sent),
+                _megabytes(received),
+                "–" if each is None else _megabytes(each),
+                *_ratios(run, each),
+            ]
+        )
+    header = ["method", "seed", "sent to clients, MB", "received, MB", "per client and round, MB"]
+    told = (
+        "Bytes of the messages as they are serialised, all rounds; per client and round, the mean of both "
+        "ways, and as a share of what that message would be if everything were aggregated: all parameters "
+        "of the model, or LoRA of the same rank on the shared projections and every expert (both from "
+        "their shapes). From metrics.jsonl and results.json."
+    )
+    shares = ["of all parameters", "of LoRA everywhere"]
+    return heading("communication") + table([*header, *shares], body) + note(told)
+
+
+def _ratios(run: FinishedRun, each: float | None) -> list[str]:
+    counted = run.results.get("cost")
+    if each is None or not counted:
+        return ["–", "–"]
+    return [
+        f"{100 * each / counted['bytes'][what]:.3g} %"
+        for what in ("all_parameters", "lora_everywhere")
+    ]
+
+
+def _per_client(runs: Sequence[FinishedRun]) -> str:
+    counted = [run for run in runs if any("sent" in m for m in _lines(run))]
+    if not counted:
+        return ""
+    clients = list(counted[0].results["base"]["clients"])
+    body = [
+        [
+            f"{run.method}, {told}",
+            *(_megabytes(sum(m[way].get(c, 0) for m in _lines(run))) for c in clients),
+        ]
+        for run in counted
+        for way, told in (("sent", "sent"), ("received", "received"))
+    ]
+    told = "MB of all rounds, the first seed of each method; metrics.jsonl has them by round."
+    return table(["to and from", *clients], body) + note(told)
+
+
+def _flops(runs: Sequence[FinishedRun]) -> str:
+    counted = [run for run in runs if run.results.get("cost")]
+    body: list[list[str]] = []
+    for run in counted:
+        flops = run.results["cost"]["flops_per_token"]
+        base, more = flops["base"], flops["adapter"] + flops["graft"]
+        cells = (base, flops["adapter"], flops["graft"], base + more)
+        body.append(
+            [run.method, *(number(v / 1e6, 3) for v in cells), number(100 * more / base, 2, "+")]
+        )
+    if not body:
+        return ""
+    header = ["method", "base, MFLOPs per token", "adapter", "graft", "together", "more, %"]
+    told = (
+        "Matrix products of one token, counted from shapes, with the experts per token that were "
+        "measured; attention's scores are not in it. Unmerged, as clients are served while training. "
+        "From results.json."
+    )
+    return heading("FLOPs per token") + table(header, body) + note(told)
+
+
+def _speed(runs: Sequence[FinishedRun]) -> str:
+    timed = [(run, run.speed) for run in runs if run.speed is not None]
+    body: list[list[str]] = []
+    for run, file in timed:
+        for name, speed in file.speeds.items():
+            who = "base" if name == "base" else file.client
+            figures = (speed.prefill, speed.decode, 1000 / speed.decode)
+            size = [str(speed.prompt), str(speed.new_tokens)]
+            body.append([run.method, str(run.seed), who, *(number(f, 1) for f in figures), *size])
+    if not body:
+        return ""
+    header = ["method", "seed", "model", "prompt tokens/s", "new tokens/s", "ms per new token"]
+    told = (
+        "Greedy generation, batch of one; the base and one client's model in turn, the median repeat. "
+        "From speed.json."
+    )
+    sizes = ["prompt", "new tokens"]
+    return heading("speed") + table([*header, *sizes], body) + note(told)
+
+
+def _lines(run: FinishedRun) -> list[Any]:
+    return [m for m in run.metrics if m["model"] == "communication"]
+
+
+def _megabytes(size: float) -> str:
+    return f"{size / 1e6:.4g}"

@@ -1,0 +1,97 @@
+"""Which experts are used and grafted, how routing drifts from the base, how open gates are."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pomona.artifacts import curves, figures
+from pomona.artifacts.finished import FinishedRun
+from pomona.artifacts.page import figure, heading, note, number, table
+from pomona.artifacts.rounds import drift_by_round, openness_by_round
+from pomona.artifacts.table import methods_of
+
+Rounds = Mapping[int, NDArray[np.float64]]
+
+
+def experts(runs: Sequence[FinishedRun]) -> str:
+    """Return load, entropy and drift of routing of every method, then grafts and gates."""
+    groups = {m: group for m, group in methods_of(runs).items() if group[0].results["routing"]}
+    if not groups:
+        return ""
+    drift = {m: found for m, group in groups.items() if (found := drift_by_round(group))}
+    parts = [heading("experts"), _use(groups, drift)]
+    if drift:
+        plot = curves.layers_by_round(drift, "drift of expert load")
+        told = (
+            "How far the expert load of the model a client is served by is from the base's on the same "
+            "rows: total variation, mean over clients and seeds. Thin: each MoE layer, the first dark. "
+            "Thick: their mean. From metrics.jsonl."
+        )
+        parts.append(figure(plot, told))
+    first = next(iter(groups.values()))[0]
+    parts.append(_load(first, "base"))
+    parts += [_load(group[0], group[0].served) for group in groups.values()]
+    parts += [_gates(group) for group in groups.values() if group[0].results["gate_openness"]]
+    return "".join(parts)
+
+
+def _use(groups: Mapping[str, Sequence[FinishedRun]], drift: Mapping[str, Rounds]) -> str:
+    body: list[list[str]] = []
+    for method, group in groups.items():
+        entropy = {
+            model: np.mean([run.results["routing"][model]["entropy"] for run in group], axis=0)
+            for model in ("base", group[0].served)
+        }
+        last = list(drift[method].values())[-1] if method in drift else None
+        body.append(
+            [
+                method,
+                *(number(float(e), 3) for h in entropy.values() for e in (h.mean(), h.min())),
+                *(number(None if last is None else float(d(last)), 4) for d in (np.mean, np.max)),
+            ]
+        )
+    header = [
+        f"entropy, {model}, {what}" for model in ("base", "tuned") for what in ("mean", "least")
+    ]
+    told = (
+        "Entropy of the expert load over log E, of all MoE layers and of the least even one: 1 is even. "
+        "Drift in the last round: mean over layers and of the layer that drifted most."
+    )
+    return table(["method", *header, "drift, mean", "drift, most"], body) + note(told)
+
+
+def _load(run: FinishedRun, model: str) -> str:
+    load = run.results["routing"][model]["load"]
+    layers, numbers = (
+        [f"layer {i}" for i in range(len(load))],
+        [str(e) for e in range(len(load[0]))],
+    )
+    whose = "base" if model == "base" else f"{model} model of {run.method}, seed {run.seed}"
+    plot = figures.heat_map(load, layers, numbers, "share of assignments")
+    return figure(plot, f"Expert load, {whose}. From results.json.")
+
+
+def _gates(group: Sequence[FinishedRun]) -> str:
+    run = group[0]
+    openness, chosen = run.results["gate_openness"], run.results["selection"]
+    layers = [f"layer {i}" for i in range(len(next(iter(openness.values()))))]
+    plot = figures.heat_map(list(openness.values()), list(openness), layers, "mean gate σ")
+    parts = [
+        table(
+            [f"expert grafted ({run.method})", *layers],
+            [[name, *map(str, own)] for name, own in chosen.items()],
+        ),
+        figure(
+            plot,
+            f"How open each client's gates are at the end ({run.method}, seed {run.seed}). "
+            "From results.json.",
+        ),
+    ]
+    rounds = openness_by_round(group)
+    if rounds:
+        rows = [f"round {round_}" for round_ in rounds]
+        plot = figures.heat_map([list(g) for g in rounds.values()], rows, layers, "mean gate σ")
+        told = f"How open gates are over the rounds ({run.method}), mean over clients and seeds."
+        parts.append(figure(plot, f"{told} From metrics.jsonl."))
+    return "".join(parts)
