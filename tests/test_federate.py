@@ -337,7 +337,7 @@ def test_every_file_has_the_mode_that_the_umask_says(settings, tmp_path, mask, m
     finally:
         os.umask(before)
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
-    assert len(files) == 7 + 3 + 3 * 3
+    assert len(files) == 7 + 2 + 3 + 3 * 3, files  # holdings.csv and .svg
     assert {path.name: oct(path.stat().st_mode & 0o777) for path in files} == {
         path.name: oct(mode) for path in files
     }

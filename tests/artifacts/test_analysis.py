@@ -249,7 +249,7 @@ def test_the_page_has_every_subject_and_names_its_files(runs, tmp_path):
     assert "flex − local-only" in told
     assert "flex − fedavg" not in told
     whole = (tmp_path / "r.html").read_text("utf-8")
-    assert whole.count("<svg") == 3 + 1 + 1 + 4 + 2
+    assert whole.count("<svg") == 3 + 1 + 1 + 1 + 4 + 2
 
 
 def cells(told, start):

@@ -38,7 +38,7 @@ def base(moe_dir):
 
 
 def state_of(base, graft=True):
-    made = base.init_graft(0, "c", [1, 2]) if graft else {}
+    made = base.init_graft(0, "c", [[1], [2]]) if graft else {}
     return ClientState(base.init_adapter(0), made)
 
 

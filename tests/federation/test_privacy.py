@@ -30,6 +30,7 @@ from pomona.federation.privacy import KEY, Privacy, clipped, epsilon, noise_key,
 from pomona.federation.settings import FederateSettings
 from pomona.federation.strategies import (
     STRATEGIES,
+    Corrects,
     FedAvg,
     FedAvgM,
     FlexLoRA,
@@ -39,7 +40,7 @@ from pomona.federation.strategies import (
 )
 from pomona.federation.update import Update
 from pomona.models.lora import LoRA
-from pomona.progress import silent
+from pomona.progress import unheard
 from pomona.recipe import dump, read_recipe
 
 SENT = {"a": torch.randn(40, 50, generator=torch.Generator().manual_seed(1)), "b": torch.ones(30)}
@@ -279,12 +280,21 @@ def test_every_strategy_is_private_locally_or_shares_nothing(kind):
     strategy = STRATEGIES[kind]()
     if strategy.shares == "nothing":
         return
+    if isinstance(strategy, Corrects):
+        with pytest.raises(PomonaError, match="sends more than its update"):
+            Privacy(1.0, 1.0, "local").check(strategy)
+        return
     Privacy(1.0, 1.0, "local").check(strategy)
-    state = strategy.init(SENT)
-    told = protect(Privacy(1.0, 0.1, "local"), SENT, updates(5), "k", 1)
+    generator = torch.Generator().manual_seed(1)
+    pair = {"q.lora_A": (2, 9), "q.lora_B": (7, 2)}
+    sent = {n: torch.randn(shape, generator=generator) for n, shape in pair.items()}
+    state = strategy.init(sent)
+    told = protect(
+        Privacy(1.0, 0.1, "local"), sent, [Update(f"c{i}", 1, sent) for i in range(5)], "k", 1
+    )
     moved = strategy.aggregate(state, told).shared
     assert all(value.isfinite().all() for value in moved.values())
-    assert any(not torch.equal(moved[name], SENT[name]) for name in SENT)
+    assert any(not torch.equal(value, state.shared[name]) for name, value in moved.items())
 
 
 def test_without_the_library_it_says_what_to_install(monkeypatch):
@@ -319,10 +329,10 @@ def plain(moe_dir: Path, rows_dir: Path) -> FederateSettings:
     )
 
 
-def run(settings: FederateSettings, path: Path, progress=silent) -> Path:
+def run(settings: FederateSettings, path: Path, tell=unheard) -> Path:
     about = {"command": ["pomona"], "method": settings.name, "seed": settings.seed}
     with RunDirectory.open(path, dump(settings), about) as directory:
-        federate(settings, directory, progress)
+        federate(settings, directory, tell=tell)
     return path
 
 
@@ -358,21 +368,17 @@ def test_little_noise_and_a_wide_clip_are_plain_fedavg(plain, tmp_path):
 def test_epsilon_is_told_every_round_in_metrics_on_screen_and_in_the_report(plain, tmp_path):
     notes: list[str] = []
 
-    def hear(stage: str, done: int, total: int) -> None:
-        if total == 0:
-            notes.append(stage)
-
     private = replace(
         plain, name="private", privacy=Privacy(0.5, 2.0, delta=1e-3), strategy=FedAvgM()
     )
-    path = run(private, tmp_path / "private", hear)
+    path = run(private, tmp_path / "private", notes.append)
     lines = metrics(path, "privacy")
     spent = [epsilon(private.privacy, r, 3, 3) for r in (1, 2)]
     assert [line["epsilon"] for line in lines] == spent
     assert [line["round"] for line in lines] == [1, 2]
     assert {line["delta"] for line in lines} == {1e-3}
     assert not any(line["secret"] for line in lines)
-    assert notes == [f"round {r}: ε = {spent[r - 1]:.4g} at δ = 0.001" for r in (1, 2)]
+    assert notes[1:] == [f"round {r}: ε = {spent[r - 1]:.4g} at δ = 0.001" for r in (1, 2)]
     (sent,) = {m["received_bytes"] for m in metrics(path, "communication")}
     public = run(plain, tmp_path / "public")
     assert {m["received_bytes"] for m in metrics(public, "communication")} == {sent}

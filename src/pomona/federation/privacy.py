@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pomona.errors import PomonaError
 from pomona.federation.strategies import (
+    Corrects,
     FedAdagrad,
     FedAdam,
     FedAvg,
@@ -75,6 +76,10 @@ class Privacy:
         name = type(strategy).__name__
         if strategy.shares == "nothing":
             raise PomonaError(f"{name} shares nothing that [privacy] could protect; leave it out")
+        if isinstance(strategy, Corrects):
+            raise PomonaError(
+                f"{name} sends more than its update, which [privacy] does not protect; leave one of them out"
+            )
         if self.where == "central" and not isinstance(strategy, _AVERAGING):
             known = ", ".join(kind.__name__ for kind in _AVERAGING)
             raise PomonaError(
