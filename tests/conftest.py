@@ -138,3 +138,25 @@ def rows_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def settings(moe_dir: Path, rows_dir: Path):
+    """A small federation of three clients."""
+    from pomona.federation.clients import ClientData  # types are checked in what is imported later
+    from pomona.federation.graft import Graft
+    from pomona.federation.local import LocalTraining
+    from pomona.federation.measure import Evaluation
+    from pomona.federation.settings import FederateSettings
+    from pomona.models.lora import LoRA
+
+    return FederateSettings(
+        model=str(moe_dir),
+        data=ClientData(train=rows_dir / "train.jsonl", test=rows_dir / "test.jsonl"),
+        rounds=3,
+        max_length=96,
+        adapter=LoRA(2, 4.0),
+        graft=Graft(rank=2),
+        local=LocalTraining(steps=2, batch=2),
+        evaluation=Evaluation(every=2, rows=3, answers=2, new_tokens=4),
+    )

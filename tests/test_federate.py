@@ -19,32 +19,13 @@ from pomona.artifacts.graft_format import read_graft
 from pomona.artifacts.run import RunDirectory
 from pomona.errors import PomonaError
 from pomona.federate import federate
-from pomona.federation.clients import ClientData
-from pomona.federation.graft import Graft
-from pomona.federation.local import LocalTraining
-from pomona.federation.measure import Evaluation
 from pomona.federation.partition import Dirichlet
 from pomona.federation.settings import FederateSettings
 from pomona.federation.strategies import FedAvg, FedProx, LocalOnly
-from pomona.models.lora import LoRA
 from pomona.models.peft_format import read_adapter
 from pomona.recipe import dump
 
 UNTIMED = {"timings.jsonl"}
-
-
-@pytest.fixture
-def settings(moe_dir: Path, rows_dir: Path) -> FederateSettings:
-    return FederateSettings(
-        model=str(moe_dir),
-        data=ClientData(train=rows_dir / "train.jsonl", test=rows_dir / "test.jsonl"),
-        rounds=3,
-        max_length=96,
-        adapter=LoRA(2, 4.0),
-        graft=Graft(rank=2),
-        local=LocalTraining(steps=2, batch=2),
-        evaluation=Evaluation(every=2, rows=3, answers=2, new_tokens=4),
-    )
 
 
 def run(settings: FederateSettings, path: Path) -> dict:

@@ -1,0 +1,51 @@
+"""Federate: sites tune one mixture of experts together, each with a private expert of its own.
+
+FLEx (arXiv 2506.00965): graft once → rounds of {sample → train a cohort → aggregate → evaluate} →
+results. The in-process engine: the sampled clients of a cohort train in one batch.
+"""
+
+from typing import Any
+
+from pomona.artifacts.holdings import write_holdings
+from pomona.artifacts.inputs import inputs_of
+from pomona.artifacts.run import RunDirectory
+from pomona.data.duplicates import told
+from pomona.federate.birth import begin
+from pomona.federate.finish import finish
+from pomona.federate.prepare import prepare
+from pomona.federate.rounds import finishing_round, train_round
+from pomona.federation.holdings import holdings_of
+from pomona.federation.settings import FederateSettings
+from pomona.progress import Progress, Tell, silent, unheard
+
+__all__ = ["federate"]
+
+
+def federate(
+    settings: FederateSettings,
+    run: RunDirectory,
+    progress: Progress = silent,
+    tell: Tell = unheard,
+) -> dict[str, Any]:
+    """Run, or go on with, a federation in `run` and return its results (see `artifacts.results`).
+
+    `tell` is told before training which test rows are also trained on. Raises `PomonaError` for
+    whatever is wrong with the model, the data or the disk.
+    """
+    rows = settings.data.load(settings.seed)
+    settings.check_clients(list(rows))
+    run.claim(inputs_of(settings.model, rows, progress))
+    holdings = holdings_of(rows)
+    tell(told(holdings.duplicates))
+    if run.finished:
+        return run.results()
+    federation = prepare(settings, run, rows, progress, tell, holdings)
+    write_holdings(run.path, holdings)
+    snapshot = run.snapshot() or begin(federation)
+    last = settings.last_round
+    for round_ in range(snapshot.round + 1, last + 1):
+        progress("rounds", round_ - 1, last)
+        step = train_round if round_ <= settings.rounds else finishing_round
+        snapshot = step(federation, snapshot, round_)
+    progress("rounds", last, last)
+    return finish(federation, snapshot)

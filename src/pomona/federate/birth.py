@@ -1,0 +1,63 @@
+"""Before the first round: every client chooses its experts and gives birth to what is private."""
+
+from torch import Tensor
+
+from pomona.artifacts.run import Snapshot
+from pomona.data.examples import collate
+from pomona.errors import PomonaError
+from pomona.federate.evaluate import loss_line
+from pomona.federate.prepare import Federation
+from pomona.federation.graft import choose_experts
+from pomona.federation.strategies import (
+    Corrects,
+)
+from pomona.federation.update import ClientState, split
+from pomona.models.peft_format import read_adapter
+from pomona.seeds import seed_of
+
+
+def begin(federation: Federation) -> Snapshot:
+    """Choose every client's experts, give birth to its private state, measure the untuned base."""
+    settings, base = federation.settings, federation.base
+    adapter = _first_adapter(federation)
+    own_adapter = split(ClientState(adapter), settings.strategy.shares)[1].adapter
+    shared = {name: value for name, value in adapter.items() if name not in own_adapter}
+    strategy = settings.strategy
+    memory = strategy.birth(shared) if isinstance(strategy, Corrects) else {}
+    clients: dict[str, ClientState] = {}
+    for done, name in enumerate(federation.train):
+        federation.progress("grafting", done, len(federation.train))
+        graft = base.init_graft(settings.seed, name, _select(federation, name))
+        personal = base.init_personal(settings.seed, name)
+        clients[name] = ClientState(own_adapter, graft, personal, memory)
+    federation.progress("grafting", len(clients), len(clients))
+    metrics = [loss_line(federation, 0, "base", name, ClientState()) for name in federation.test]
+    return federation.run.commit(None, 0, strategy.init(shared), clients, metrics)
+
+
+def _first_adapter(federation: Federation) -> dict[str, Tensor]:
+    """Return the adapter before the first round: a newborn, or the one of `warm_start`."""
+    settings = federation.settings
+    newborn = federation.base.init_adapter(settings.seed)
+    if settings.warm_start is None:
+        return newborn
+    lora, tensors = read_adapter(settings.warm_start)
+    shapes = {name: value.shape for name, value in tensors.items()}
+    if lora.scaling != settings.adapter.scaling or shapes != {
+        name: value.shape for name, value in newborn.items()
+    }:
+        raise PomonaError(
+            f"warm_start {settings.warm_start} is no adapter as the recipe has it: it has rank {lora.rank}, "
+            f"alpha {lora.alpha:g} and targets {', '.join(lora.targets)}; give the same in [adapter]"
+        )
+    return {name: tensors[name].float() for name in newborn}
+
+
+def _select(federation: Federation, name: str) -> list[list[int]]:
+    """Choose from the client's own training rows and nothing else."""
+    graft, examples = federation.settings.graft, federation.train[name]
+    if graft is None:
+        return []
+    batches = [collate(examples[i : i + 8], federation.pad_id) for i in range(0, len(examples), 8)]
+    seed = seed_of(federation.settings.seed, "selection", name)
+    return choose_experts(federation.base.model, federation.base.sites, graft, batches, seed)

@@ -1,0 +1,68 @@
+"""Every model that a client can be served by, measured on its own test rows."""
+
+from collections.abc import Mapping
+from math import isfinite
+from typing import Any
+
+from torch import Tensor
+
+from pomona.artifacts.run import Snapshot
+from pomona.errors import PomonaError
+from pomona.federate.prepare import Federation
+from pomona.federation.measure import Measured, measured_of
+from pomona.federation.update import ClientState, join
+
+
+def evaluate(
+    federation: Federation,
+    snapshot: Snapshot,
+    private: Mapping[str, ClientState],
+    shared: Mapping[str, Tensor],
+    round_: int,
+) -> list[dict[str, Any]]:
+    """Measure the shared model and every personal model on each client's test rows."""
+    lines: list[dict[str, Any]] = []
+    for done, name in enumerate(federation.test):
+        federation.progress("evaluating", done, len(federation.test))
+        owner = federation.owner(name)
+        own = private.get(owner) or federation.run.client(snapshot, owner)
+        for kind, state in models_of(federation, shared, own).items():
+            lines.append(loss_line(federation, round_, kind, name, state))
+    federation.progress("evaluating", len(federation.test), len(federation.test))
+    return lines
+
+
+def models_of(
+    federation: Federation, shared: Mapping[str, Tensor], private: ClientState
+) -> dict[str, ClientState]:
+    """Return the models a client can be served by: the shared one and, if it has one, its own."""
+    models: dict[str, ClientState] = {}
+    if federation.settings.strategy.shares == "adapter":  # less than that is no model
+        models["shared"] = ClientState(shared)
+    if private.private:
+        models["personal"] = join(shared, private)
+    return models
+
+
+def loss_line(
+    federation: Federation, round_: int, kind: str, name: str, state: ClientState
+) -> dict[str, Any]:
+    """Return the metrics of one model on a client's test rows; raises `PomonaError` if not finite."""
+    summary = measured(federation, name, state).summary()
+    if not isfinite(summary["loss"]):
+        raise PomonaError(
+            f'client "{name}": the loss of the {kind} model is not finite after round {round_}; '
+            "lower local.learning_rate, or check the base model"
+        )
+    return {"round": round_, "model": kind, "client": name, **summary}
+
+
+def measured(federation: Federation, name: str, state: ClientState) -> Measured:
+    """Measure one model on a client's test rows."""
+    return measured_of(
+        federation.base,
+        state,
+        federation.test[name],
+        federation.pad_id,
+        federation.settings.evaluation,
+    )

@@ -1,0 +1,120 @@
+"""What is left when the rounds are over: answers, routing, cost, and the folders that a user keeps."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor
+
+from pomona.artifacts.origin import origin_of, origin_of_graft
+from pomona.artifacts.results import assemble_results
+from pomona.artifacts.run import Snapshot
+from pomona.federate.evaluate import measured, models_of
+from pomona.federate.prepare import Federation
+from pomona.federation.cost import cost_of
+from pomona.federation.forgetting import forgetting_lines
+from pomona.federation.measure import Measured, answers_of, speed_of
+from pomona.federation.update import ClientState, join
+
+
+def finish(federation: Federation, snapshot: Snapshot) -> dict[str, Any]:
+    """Evaluate answers, publish what a user keeps, write the results last."""
+    run, shared = federation.run, snapshot.server.shared
+    answers: list[dict[str, Any]] = []
+    routing: list[dict[str, Any]] = []
+    private = {name: run.client(snapshot, federation.owner(name)) for name in federation.test}
+    for done, (name, own) in enumerate(private.items()):
+        federation.progress("answering", done, len(private))
+        models = {"base": ClientState(), **models_of(federation, shared, own)}
+        for kind, state in models.items():
+            found = measured(federation, name, state)
+            answers += _answer_lines(federation, name, kind, state, found)
+            if federation.base.sites:
+                routing.append(_routing_line(name, kind, found))
+    _publish(federation, shared, private)
+    run.write_answers(answers)
+    _write_options(federation, shared, private)
+    states = {name: join(shared, own) for name, own in private.items()}
+    untuned = [line for line in routing if line["model"] == "base"]
+    cost = cost_of(federation.base, states.values(), untuned)
+    results = assemble_results(answers, routing, federation.base.sites, private, cost)
+    results = run.finish({**results, "data": asdict(federation.holdings)})
+    federation.progress("answering", len(private), len(private))
+    return results
+
+
+def _write_options(
+    federation: Federation, shared: Mapping[str, Tensor], private: Mapping[str, ClientState]
+) -> None:
+    """Measure what is measured on demand: forgetting, speed."""
+    base, evaluation = federation.base, federation.settings.evaluation
+    if federation.held_out:
+        models: list[tuple[str, str | None, ClientState]] = [("base", None, ClientState())]
+        for name, own in private.items():
+            served = models_of(federation, shared, own)
+            if "shared" in served and len(models) == 1:
+                models.append(("shared", None, served["shared"]))
+            if "personal" in served:
+                models.append(("personal", name, served["personal"]))
+        lines = forgetting_lines(base, models, federation.held_out, evaluation.batch)
+        federation.run.write_forgetting(list(lines))
+    if evaluation.speed:
+        name, own = next(iter(private.items()))
+        length = federation.settings.max_length - evaluation.new_tokens
+        speed = speed_of(base, join(shared, own), length, evaluation.new_tokens)
+        federation.run.write_speed(name, speed)
+
+
+def _publish(
+    federation: Federation, shared: Mapping[str, Tensor], private: Mapping[str, ClientState]
+) -> None:
+    """Write what a user keeps, each part with the fingerprint of the base it belongs to."""
+    settings, run, base = federation.settings, federation.run, federation.base
+    origin = origin_of(base, settings.model, settings.template, settings.max_length)
+    if settings.strategy.shares == "adapter":
+        run.publish_shared(settings.adapter, shared, origin)
+    for name, own in private.items():
+        if own.adapter:
+            run.publish_adapter(name, settings.adapter, join(shared, own).adapter, origin)
+        if settings.personal is not None:
+            run.publish_personal(name, settings.personal, own.personal, origin)
+        if settings.graft is not None:
+            grown = origin_of_graft(origin, base, own.graft)
+            run.publish_graft(name, settings.graft, own.graft, grown)
+
+
+def _answer_lines(
+    federation: Federation, name: str, kind: str, state: ClientState, found: Measured
+) -> list[dict[str, Any]]:
+    settings, losses = federation.settings, found.losses
+    said = answers_of(
+        federation.base,
+        state,
+        federation.rows[name].test[: min(settings.evaluation.answers, len(losses))],
+        federation.tokenizer,
+        settings.template,
+        settings.max_length,
+        settings.evaluation,
+    )
+    unsaid: dict[str, Any] = dict.fromkeys(("rouge_l", "exact_match", "answer", "reference"))
+    return [
+        {
+            "client": name,
+            "model": kind,
+            "row": row,
+            "nats": loss.nats,
+            "tokens": loss.tokens,
+            **(said[row] if row < len(said) else unsaid),
+        }
+        for row, loss in enumerate(losses)
+    ]
+
+
+def _routing_line(name: str, kind: str, found: Measured) -> dict[str, Any]:
+    return {
+        "client": name,
+        "model": kind,
+        "counts": found.counts_LE.tolist(),
+        "tokens": found.tokens,
+        "openness": found.openness,
+    }

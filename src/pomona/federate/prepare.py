@@ -1,0 +1,109 @@
+"""What every stage of one federation needs, read and checked before anything is computed."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from pomona.artifacts.run import RunDirectory
+from pomona.data.examples import Example, encode, padding_id
+from pomona.errors import PomonaError
+from pomona.federation.clients import ClientRows
+from pomona.federation.cohort import FrozenBase
+from pomona.federation.forgetting import held_out_windows
+from pomona.federation.graft import Graft
+from pomona.federation.holdings import Holdings
+from pomona.federation.settings import FederateSettings
+from pomona.models.experts import ExpertSite, expert_sites_if_any, find_expert_sites, freeze
+from pomona.models.loading import context_length, load_model, load_tokenizer
+from pomona.progress import Progress, Tell
+from pomona.shapes import Tokens
+
+POOLED = "everyone"
+
+
+@dataclass(frozen=True)
+class Federation:
+    """What every stage of one run needs."""
+
+    settings: FederateSettings
+    run: RunDirectory
+    base: FrozenBase
+    tokenizer: PreTrainedTokenizerBase
+    pad_id: int
+    rows: Mapping[str, ClientRows]
+    train: Mapping[str, Sequence[Example]]
+    test: Mapping[str, Sequence[Example]]
+    held_out: Mapping[str, Tokens]
+    progress: Progress
+    tell: Tell
+    holdings: Holdings
+
+    def owner(self, client: str) -> str:
+        """Return who trains the model that serves a client."""
+        return POOLED if self.settings.pooled else client
+
+
+def prepare(
+    settings: FederateSettings,
+    run: RunDirectory,
+    rows: Mapping[str, ClientRows],
+    progress: Progress,
+    tell: Tell,
+    holdings: Holdings,
+) -> Federation:
+    """Load the model, encode every row; raises `PomonaError` for what does not go together."""
+    tokenizer = load_tokenizer(settings.model)
+    model = load_model(settings.model, settings.dtype)
+    if settings.max_length > context_length(model):
+        raise PomonaError(
+            f"max_length {settings.max_length} is longer than the context of {settings.model}, "
+            f"{context_length(model)} tokens; make max_length smaller"
+        )
+    freeze(model)
+    sites = _sites(model, settings.graft)
+    base = FrozenBase(model, settings.adapter, settings.graft, sites, settings.personal)
+    limit = settings.evaluation.rows or None
+
+    def encoded(which: Sequence[Any]) -> list[Example]:
+        return [encode(row, settings.template, tokenizer, settings.max_length) for row in which]
+
+    return Federation(
+        settings,
+        run,
+        base,
+        tokenizer,
+        padding_id(tokenizer),
+        rows,
+        _trainers(settings, {name: encoded(client.train) for name, client in rows.items()}),
+        {name: encoded(client.test[:limit]) for name, client in rows.items()},
+        _held_out(settings, tokenizer),
+        progress,
+        tell,
+        holdings,
+    )
+
+
+def _trainers(
+    settings: FederateSettings, train: Mapping[str, Sequence[Example]]
+) -> Mapping[str, Sequence[Example]]:
+    """Return who trains on what: every client on its own rows, or one on those of all."""
+    if not settings.pooled:
+        return train
+    return {POOLED: [example for own in train.values() for example in own]}
+
+
+def _held_out(
+    settings: FederateSettings, tokenizer: PreTrainedTokenizerBase
+) -> Mapping[str, Tokens]:
+    """Read the text of forgetting before anything is trained: what is wrong with it shows at once."""
+    source, limit = settings.evaluation.forgetting, settings.evaluation.windows
+    if source is None:
+        return {}
+    return held_out_windows(source, tokenizer, settings.max_length, limit)
+
+
+def _sites(model: Any, graft: Graft | None) -> tuple[ExpertSite, ...]:
+    """A graft needs experts to grow from; without one, a dense model federates as well."""
+    return tuple(find_expert_sites(model)) if graft is not None else expert_sites_if_any(model)

@@ -1,0 +1,155 @@
+"""The rounds: sample → train cohorts → protect → aggregate → evaluate → commit."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from time import monotonic
+from typing import Any
+
+from torch import Tensor
+
+from pomona.artifacts.run import Snapshot
+from pomona.federate.evaluate import evaluate
+from pomona.federate.prepare import Federation
+from pomona.federation.local import Trained, train_cohort
+from pomona.federation.measure import communication
+from pomona.federation.privacy import epsilon, noise_key, protect
+from pomona.federation.sampling import participants, survivors
+from pomona.federation.settings import Finish
+from pomona.federation.stage import Task
+from pomona.federation.strategies import (
+    Corrects,
+    LocalOnly,
+    ServerState,
+    SharedFixed,
+    Strategy,
+    frozen_part,
+)
+from pomona.federation.update import ClientState, Update, join, split, within
+
+
+def train_round(federation: Federation, snapshot: Snapshot, round_: int) -> Snapshot:
+    """Sample → train cohorts → aggregate → evaluate → commit."""
+    settings, began = federation.settings, monotonic()
+    strategy = settings.strategy
+    present = [n for n in federation.train if settings.takes_part(n, round_)]
+    chosen = participants(settings.seed, round_, present, settings.fraction)
+    answering = survivors(settings.seed, round_, chosen, settings.dropout)
+    private: dict[str, ClientState] = {}
+    updates: list[Update] = []
+    metrics: list[dict[str, Any]] = []
+    for name, trained in _train(federation, snapshot, answering, round_):
+        shared, private[name] = split(trained.state, strategy.shares, frozen_part(strategy))
+        if shared:
+            shared |= trained.report
+            updates.append(Update(name, len(federation.train[name]), shared))
+        metrics.append(_training_line(round_, name, trained))
+    protected, spent = _protect(federation, snapshot, updates, round_, len(chosen))
+    server = strategy.aggregate(snapshot.server, protected)
+    sent = _sent(strategy, snapshot.server)
+    metrics += [communication(round_, sent, chosen, updates), *spent]
+    return _committed(federation, snapshot, round_, server, private, metrics, began)
+
+
+def finishing_round(federation: Federation, snapshot: Snapshot, round_: int) -> Snapshot:
+    """Train what stays at the clients, after the last round and without sending anything."""
+    settings, began = federation.settings, monotonic()
+    finish = settings.finishing
+    assert finish is not None
+    strategy = LocalOnly() if finish.adapter else SharedFixed(settings.strategy.shares)
+    names = [n for n in federation.train if not finish.newcomers_only or n in settings.newcomers]
+    private: dict[str, ClientState] = {}
+    metrics: list[dict[str, Any]] = []
+    for name, trained in _train(federation, snapshot, names, round_, strategy, finish):
+        private[name] = split(trained.state, strategy.shares, frozen_part(strategy))[1]
+        metrics.append(_training_line(round_, name, trained))
+    return _committed(federation, snapshot, round_, snapshot.server, private, metrics, began)
+
+
+def _committed(
+    federation: Federation,
+    snapshot: Snapshot,
+    round_: int,
+    server: ServerState,
+    private: Mapping[str, ClientState],
+    metrics: list[dict[str, Any]],
+    began: float,
+) -> Snapshot:
+    """Evaluate when it is time and make the round final."""
+    settings, trained = federation.settings, monotonic() - began
+    if round_ % settings.evaluation.every == 0 or round_ == settings.last_round:
+        metrics += evaluate(federation, snapshot, private, server.shared, round_)
+    committed = federation.run.commit(snapshot, round_, server, private, metrics)
+    federation.run.note_time(
+        {"round": round_, "training": trained, "round_seconds": monotonic() - began}
+    )
+    return committed
+
+
+def _train(
+    federation: Federation,
+    snapshot: Snapshot,
+    names: Sequence[str],
+    round_: int,
+    strategy: Strategy | None = None,
+    finish: Finish | None = None,
+) -> Iterator[tuple[str, Trained]]:
+    """Train some clients, a cohort at a time; after the last round as `finish` says."""
+    settings, server = federation.settings, snapshot.server
+    training, done, of = settings.local, round_, settings.rounds
+    if finish is not None:
+        training, done, of = finish.training, round_ - settings.rounds, finish.rounds
+    for start in range(0, len(names), settings.cohort):
+        tasks = [
+            Task(
+                name,
+                join(server.shared, federation.run.client(snapshot, name)),
+                federation.train[name],
+                server.memory,
+            )
+            for name in names[start : start + settings.cohort]
+        ]
+        trained = train_cohort(
+            federation.base,
+            tasks,
+            training,
+            strategy or settings.strategy,
+            f"{settings.seed}/finish" if finish else settings.seed,
+            done,
+            of,
+            federation.pad_id,
+        )
+        yield from zip((task.client for task in tasks), trained, strict=True)
+
+
+def _training_line(round_: int, name: str, trained: Trained) -> dict[str, Any]:
+    return {"round": round_, "model": "training", "client": name, "losses": trained.losses}
+
+
+def _sent(strategy: Strategy, server: ServerState) -> dict[str, Tensor]:
+    """Return what goes to every client: what can have changed since the last round."""
+    memory = server.memory if isinstance(strategy, Corrects) else {}
+    changed = {n: v for n, v in server.shared.items() if not within(n, frozen_part(strategy))}
+    return {**changed, **memory}
+
+
+def _protect(
+    federation: Federation,
+    snapshot: Snapshot,
+    updates: Sequence[Update],
+    round_: int,
+    sampled: int,
+) -> tuple[Sequence[Update], list[dict[str, Any]]]:
+    """Return what the server may see of the updates, and the ε that this has cost so far."""
+    settings, privacy = federation.settings, federation.settings.privacy
+    if privacy is None:
+        return updates, []
+    key, secret = noise_key(settings.seed)
+    spent = epsilon(privacy, round_, len(federation.train), sampled)
+    federation.tell(f"round {round_}: ε = {spent:.4g} at δ = {privacy.delta:g}")
+    line = {
+        "round": round_,
+        "model": "privacy",
+        "epsilon": spent,
+        "delta": privacy.delta,
+        "secret": secret,
+    }
+    return protect(privacy, snapshot.server.shared, updates, key, round_), [line]

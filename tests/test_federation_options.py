@@ -1,0 +1,222 @@
+"""What a recipe can say about rounds and parts, end to end: who trains when, what leaves, what is kept."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_federate import Stopped, files_of, run
+
+from pomona.artifacts import run as run_module
+from pomona.artifacts.personal import PersonalModel
+from pomona.errors import PomonaError
+from pomona.evaluate import on_rows
+from pomona.federation.local import LocalTraining
+from pomona.federation.settings import Finish
+from pomona.federation.strategies import FedSALoRA, FFALoRA, FLoRA, LocalOnly, Scaffold
+from pomona.models.lora import LoRA
+from pomona.models.peft_format import read_adapter
+
+
+def metrics(path: Path, model: str) -> list[dict]:
+    lines = map(json.loads, (path / "metrics.jsonl").read_text("utf-8").splitlines())
+    return [line for line in lines if line["model"] == model]
+
+
+def trained(path: Path) -> list[tuple[int, str]]:
+    return [(line["round"], line["client"]) for line in metrics(path, "training")]
+
+
+def own_loss(path: Path, client: str) -> float:
+    lines = map(json.loads, (path / "answers.jsonl").read_text("utf-8").splitlines())
+    own = [a for a in lines if (a["client"], a["model"]) == (client, "personal")]
+    return sum(a["nats"] for a in own) / sum(a["tokens"] for a in own)
+
+
+def measured_again(settings, path: Path, client: str, rows: Path, **parts: str) -> float:
+    """The loss of what lies on disk, as `pomona evaluate` measures it."""
+    lines = Path(settings.data.test).read_text("utf-8").splitlines()
+    rows.write_text("\n".join(x for x in lines if json.loads(x)["category"] == client))
+    personal = PersonalModel(
+        settings.model, **{name: path / where for name, where in parts.items()}
+    )
+    return on_rows(personal, rows, limit=3, length=96, new_tokens=4)[rows.name]["loss"]
+
+
+def test_a_client_joins_late_and_a_newcomer_trains_when_it_is_over(settings, tmp_path):
+    late = replace(
+        settings,
+        joins={"pears": 2},
+        newcomers=("plums",),
+        finish=Finish(rounds=2, training=LocalTraining(steps=1, batch=2)),
+    )
+    run(late, tmp_path / "run")
+    assert trained(tmp_path / "run") == [
+        (1, "apples"),
+        (2, "apples"),
+        (2, "pears"),
+        (3, "apples"),
+        (3, "pears"),
+        (4, "plums"),
+        (5, "plums"),
+    ]
+    assert {m["round"] for m in metrics(tmp_path / "run", "communication")} == {1, 2, 3}
+    losses = {
+        m["round"]: m["loss"]
+        for m in metrics(tmp_path / "run", "personal")
+        if m["client"] == "plums"
+    }
+    shared = {
+        m["round"]: m["loss"] for m in metrics(tmp_path / "run", "shared") if m["client"] == "plums"
+    }
+    assert losses[2] == shared[2], "a newcomer's graft is silent until it trains"
+    assert losses[5] != shared[5]
+    found = measured_again(
+        late,
+        tmp_path / "run",
+        "plums",
+        tmp_path / "plums.jsonl",
+        adapter="shared",
+        graft="clients/plums/graft",
+    )
+    assert found == pytest.approx(own_loss(tmp_path / "run", "plums"), abs=1e-6)
+
+
+def test_everybody_may_train_the_shared_adapter_further(settings, tmp_path):
+    tuned = replace(
+        settings,
+        graft=None,
+        finish=Finish(1, LocalTraining(steps=2, batch=2), adapter=True, newcomers_only=False),
+    )
+    run(tuned, tmp_path / "run")
+    _, shared = read_adapter(tmp_path / "run/shared")
+    for client in ("apples", "pears", "plums"):
+        _, own = read_adapter(tmp_path / "run/clients" / client / "adapter")
+        assert own.keys() == shared.keys()
+        assert any(not torch.equal(own[n], shared[n]) for n in own)
+    found = measured_again(
+        tuned, tmp_path / "run", "pears", tmp_path / "p.jsonl", adapter="clients/pears/adapter"
+    )
+    assert found == pytest.approx(own_loss(tmp_path / "run", "pears"), abs=1e-6)
+
+
+def test_lost_clients_neither_send_nor_change(settings, tmp_path):
+    run(replace(settings, dropout=0.6, rounds=4), tmp_path / "run")
+    done = trained(tmp_path / "run")
+    assert 0 < len(done) < 12
+    for line in metrics(tmp_path / "run", "communication"):
+        answered = {client for round_, client in done if round_ == line["round"]}
+        assert {c for c, size in line["received"].items() if size} == answered
+        assert set(line["sent"]) == {"apples", "pears", "plums"}
+
+
+def test_pooled_rows_train_one_model_that_serves_everybody(settings, tmp_path):
+    results = run(replace(settings, pooled=True), tmp_path / "run")
+    assert {client for _, client in trained(tmp_path / "run")} == {"everyone"}
+    assert list(results["personal"]["clients"]) == ["apples", "pears", "plums"]
+    grafts = [
+        (tmp_path / "run/clients" / c / "graft/graft.safetensors").read_bytes()
+        for c in ("apples", "pears", "plums")
+    ]
+    assert len(set(grafts)) == 1
+
+
+def test_a_warm_start_begins_where_another_run_has_ended(settings, tmp_path):
+    run(settings, tmp_path / "first")
+    warm = replace(settings, warm_start=tmp_path / "first/shared")
+    run(warm, tmp_path / "second")
+    ended = [m["loss"] for m in metrics(tmp_path / "first", "shared") if m["round"] == 3]
+    lazy = LocalTraining(steps=1, batch=1, learning_rate=0.0, final_learning_rate=0.0)
+    run(replace(warm, local=lazy), tmp_path / "still")
+    still = [m["loss"] for m in metrics(tmp_path / "still", "shared") if m["round"] == 3]
+    assert still == pytest.approx(ended, abs=1e-6)
+    with pytest.raises(PomonaError, match=r"warm_start .* is no adapter as the recipe has it"):
+        run(replace(warm, adapter=LoRA(3, 6.0)), tmp_path / "other")
+
+
+def test_a_personal_lora_stays_and_comes_back(settings, tmp_path):
+    both = replace(settings, personal=LoRA(2, 4.0, ("o_proj",), layers=(1,)))
+    run(both, tmp_path / "run")
+    assert all(
+        "o_proj" not in n for n in load_file(tmp_path / "run/shared/adapter_model.safetensors")
+    )
+    found = measured_again(
+        both,
+        tmp_path / "run",
+        "pears",
+        tmp_path / "p.jsonl",
+        adapter="shared",
+        graft="clients/pears/graft",
+        personal="clients/pears/personal",
+    )
+    assert found == pytest.approx(own_loss(tmp_path / "run", "pears"), abs=1e-6)
+
+
+@pytest.mark.parametrize("strategy", [FedSALoRA(), FFALoRA(), FLoRA(), Scaffold(), LocalOnly()])
+def test_what_lies_on_disk_is_what_was_measured(settings, tmp_path, strategy):
+    run(replace(settings, strategy=strategy), tmp_path / "run")
+    whole = strategy.shares == "adapter"
+    found = measured_again(
+        settings,
+        tmp_path / "run",
+        "pears",
+        tmp_path / "p.jsonl",
+        adapter="shared" if whole else "clients/pears/adapter",
+        graft="clients/pears/graft",
+    )
+    assert found == pytest.approx(own_loss(tmp_path / "run", "pears"), abs=2e-5)
+
+
+@pytest.mark.parametrize("writes", [3, 7, 12, 17])
+def test_memory_and_kept_optimisers_survive_an_interruption(
+    settings, tmp_path, monkeypatch, writes
+):
+    rich = replace(
+        settings,
+        strategy=Scaffold(0.6),
+        fraction=0.6,
+        local=LocalTraining(epochs=1, batch=2, keep_optimiser=True),
+        personal=LoRA(2, 4.0, ("o_proj",)),
+        finish=Finish(2, LocalTraining(steps=1), newcomers_only=False),
+    )
+    run(rich, tmp_path / "whole")
+    count = 0
+
+    def stopping(function):
+        def wrapped(*args, **kwargs):
+            nonlocal count
+            function(*args, **kwargs)
+            count += 1
+            if count == writes:
+                raise Stopped
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        for name in ("write_tensors", "write_json"):
+            patch.setattr(run_module, name, stopping(getattr(run_module, name)))
+        with pytest.raises(Stopped):
+            run(rich, tmp_path / "cut")
+    run(rich, tmp_path / "cut")
+    whole, cut = files_of(tmp_path / "whole"), files_of(tmp_path / "cut")
+    assert whole.keys() == cut.keys()
+    assert [name for name in whole if whole[name] != cut[name]] == []
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"joins": {"kiwis": 2}}, 'joins: there is no client "kiwis"'),
+        ({"newcomers": ("kiwis",)}, 'newcomers: there is no client "kiwis"'),
+        ({"newcomers": ("apples", "pears", "plums")}, "all clients are newcomers"),
+        ({"joins": {"pears": 9}}, 'client "pears" joins in round 9, but the rounds are 1 to 3'),
+        ({"dropout": 1.0}, "dropout 1.0 is not a share below 1"),
+        ({"pooled": True, "newcomers": ("pears",)}, "leave out newcomers and joins"),
+        ({"adapter": LoRA(layers=(7,))}, "LoRA layer 7 has none of the targets; layers 0 to 1 do"),
+    ],
+)
+def test_what_cannot_be_is_told(settings, tmp_path, given, message):
+    with pytest.raises(PomonaError, match=message):
+        run(replace(settings, **given), tmp_path / "run")
