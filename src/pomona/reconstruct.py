@@ -177,7 +177,15 @@ def _assemble(
         at_once = placement.layers or len(dense.ffns)
         experts = layer_experts(dense, shares, plan, settings, at_once, progress)
         return write_mixture(
-            out, model, checkpoint, plan, experts, groups.affinity, groups.clusters, settings
+            out,
+            model,
+            checkpoint,
+            plan,
+            experts,
+            groups.affinity,
+            groups.clusters,
+            settings,
+            placement.shard_bytes,
         )
 
 

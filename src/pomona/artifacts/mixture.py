@@ -45,10 +45,12 @@ def write_mixture(
     affinity: DomainAffinity | None,
     clusters: Clusters | None,
     settings: ReconstructSettings,
+    shard_bytes: int,
 ) -> Reconstruction:
     """Write the checkpoint while its layers are made, then what is known of it.
 
-    `model` is what the dense checkpoint is called. Raises `PomonaError` when the disk refuses.
+    `model` is what the dense checkpoint is called, `shard_bytes` how much is held before it is
+    written. Raises `PomonaError` when the disk refuses.
     """
     family, sizes = dense_family(checkpoint), settings.sizes(plan.channels)
     container = container_of(family, sizes)
@@ -56,7 +58,7 @@ def write_mixture(
     with atomic_folder(out) as partial:
         noted = passing.experts(experts)
         tensors = mixture_tensors(checkpoint, family, container, sizes, plan.shared_LS, noted)
-        write_sharded(partial, passing.tensors(tensors))
+        write_sharded(partial, passing.tensors(tensors), shard_bytes)
         write_json(partial / "config.json", container.config(checkpoint.config, sizes))
         _copy_all(_TOKENIZER_FILES, checkpoint.folder, partial)
         hidden = checkpoint.shape(f"{family.mlp.format(layer=0)}.down_proj.weight")[0]

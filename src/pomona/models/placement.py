@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from pomona.errors import PomonaError
 from pomona.models.dense import DenseFamily
 from pomona.models.loading import Dtype, load_model
-from pomona.models.weights import Checkpoint
+from pomona.models.weights import SHARD_BYTES, Checkpoint
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Placement:
 
     With `offload` a layer's weights are read from the checkpoint when it is used and dropped again, so
     that a model larger than memory runs. `layers` are how many layers' sums and experts are held at once
-    while a mixture is made, 0 for all. On one device no result depends on these two.
+    while a mixture is made, 0 for all. On one device no weight of the result depends on these two.
     """
 
     device: str = "auto"
@@ -34,6 +34,11 @@ class Placement:
         if self.layers < 0:
             raise PomonaError(f"layers {self.layers} is negative; use 0 for all at once")
         self.torch_device()
+
+    @property
+    def shard_bytes(self) -> int:
+        """How much of the result waits in memory to be written; little where memory is short."""
+        return SHARD_BYTES // 8 if self.offload else SHARD_BYTES
 
     def torch_device(self) -> torch.device:
         """Return the device; raises `PomonaError` where this machine has none of that name."""

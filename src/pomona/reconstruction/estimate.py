@@ -10,7 +10,6 @@ import torch
 
 from pomona.models.dense import DenseFamily, MixtureSizes, container_of
 from pomona.models.placement import Placement
-from pomona.models.weights import SHARD_BYTES
 from pomona.reconstruction.retraining import Retraining
 from pomona.reconstruction.settings import ReconstructSettings
 
@@ -114,7 +113,7 @@ def _assembling(
         kept = sum(prod(shapes[name]) for name in ends if name in shapes)
         dense = size * (kept + 3 * hidden * channels)
     if settings.experts == 1:
-        return dense + at_once * 8 * width * (width + hidden) + 2 * SHARD_BYTES
+        return dense + at_once * 8 * width * (width + hidden) + 2 * placement.shard_bytes
     many = settings.experts if settings.active > 1 else 1
     rounds = settings.specialise.rounds > 0
     pairs = settings.experts * (many + 1) // 2  # float32 each, and as many columns in float32 again
@@ -125,7 +124,7 @@ def _assembling(
     inputs = size * hidden * min(tokens, drawn)
     experts = size * settings.experts * width * hidden
     sums = at_once * 8 * width * (width + hidden)
-    shard = 2 * min(SHARD_BYTES, 2 * layers * 3 * hidden * settings.experts * width)
+    shard = 2 * min(placement.shard_bytes, 2 * layers * 3 * hidden * settings.experts * width)
     return dense + max(sums, joint) + at_once * (inputs + experts) + shard
 
 
