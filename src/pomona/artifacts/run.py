@@ -181,6 +181,10 @@ class RunDirectory:
                 stale.unlink()
         return Snapshot(round_, server, files)
 
+    def add_metrics(self, metrics: Sequence[Mapping[str, Any]]) -> None:
+        """Append what is measured after the last round; until the run is finished it is made anew."""
+        self._append("metrics.jsonl", metrics)
+
     def note_time(self, entry: Mapping[str, Any]) -> None:
         """Append to timings.jsonl, the one file that differs between equal runs."""
         self._append("timings.jsonl", [entry])

@@ -5,7 +5,7 @@ from torch import Tensor
 from pomona.artifacts.run import Snapshot
 from pomona.data.examples import collate
 from pomona.errors import PomonaError
-from pomona.federate.evaluate import loss_line
+from pomona.federate.evaluate import loss_line, measured
 from pomona.federate.prepare import Federation
 from pomona.federation.graft import choose_experts
 from pomona.federation.strategies import (
@@ -31,7 +31,10 @@ def begin(federation: Federation) -> Snapshot:
         personal = base.init_personal(settings.seed, name)
         clients[name] = ClientState(own_adapter, graft, personal, memory)
     federation.progress("grafting", len(clients), len(clients))
-    metrics = [loss_line(federation, 0, "base", name, ClientState()) for name in federation.test]
+    metrics = [
+        loss_line(0, "base", name, measured(federation, name, ClientState()))
+        for name in federation.test
+    ]
     return federation.run.commit(None, 0, strategy.init(shared), clients, metrics)
 
 

@@ -27,7 +27,7 @@ def evaluate(
         owner = federation.owner(name)
         own = private.get(owner) or federation.run.client(snapshot, owner)
         for kind, state in models_of(federation, shared, own).items():
-            lines.append(loss_line(federation, round_, kind, name, state))
+            lines.append(loss_line(round_, kind, name, measured(federation, name, state)))
     federation.progress("evaluating", len(federation.test), len(federation.test))
     return lines
 
@@ -44,11 +44,9 @@ def models_of(
     return models
 
 
-def loss_line(
-    federation: Federation, round_: int, kind: str, name: str, state: ClientState
-) -> dict[str, Any]:
+def loss_line(round_: int, kind: str, name: str, found: Measured) -> dict[str, Any]:
     """Return the metrics of one model on a client's test rows; raises `PomonaError` if not finite."""
-    summary = measured(federation, name, state).summary()
+    summary = found.summary()
     if not isfinite(summary["loss"]):
         raise PomonaError(
             f'client "{name}": the loss of the {kind} model is not finite after round {round_}; '

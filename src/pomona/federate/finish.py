@@ -9,7 +9,7 @@ from torch import Tensor
 from pomona.artifacts.origin import origin_of, origin_of_graft
 from pomona.artifacts.results import assemble_results
 from pomona.artifacts.run import Snapshot
-from pomona.federate.evaluate import measured, models_of
+from pomona.federate.evaluate import loss_line, measured, models_of
 from pomona.federate.prepare import Federation
 from pomona.federation.cost import cost_of
 from pomona.federation.forgetting import forgetting_lines
@@ -22,16 +22,20 @@ def finish(federation: Federation, snapshot: Snapshot) -> dict[str, Any]:
     run, shared = federation.run, snapshot.server.shared
     answers: list[dict[str, Any]] = []
     routing: list[dict[str, Any]] = []
+    metrics: list[dict[str, Any]] = []
     private = {name: run.client(snapshot, federation.owner(name)) for name in federation.test}
     for done, (name, own) in enumerate(private.items()):
         federation.progress("answering", done, len(private))
         models = {"base": ClientState(), **models_of(federation, shared, own)}
         for kind, state in models.items():
             found = measured(federation, name, state)
+            if kind != "base":
+                metrics.append(loss_line(snapshot.round, kind, name, found))
             answers += _answer_lines(federation, name, kind, state, found)
             if federation.base.sites:
                 routing.append(_routing_line(name, kind, found))
     _publish(federation, shared, private)
+    run.add_metrics(metrics)
     run.write_answers(answers)
     _write_options(federation, shared, private)
     states = {name: join(shared, own) for name, own in private.items()}

@@ -73,9 +73,9 @@ def _committed(
     metrics: list[dict[str, Any]],
     began: float,
 ) -> Snapshot:
-    """Evaluate when it is time and make the round final."""
+    """Evaluate when it is time and make the round final; the last one is evaluated when all is over."""
     settings, trained = federation.settings, monotonic() - began
-    if round_ % settings.evaluation.every == 0 or round_ == settings.last_round:
+    if round_ % settings.evaluation.every == 0 and round_ != settings.last_round:
         metrics += evaluate(federation, snapshot, private, server.shared, round_)
     committed = federation.run.commit(snapshot, round_, server, private, metrics)
     federation.run.note_time(
