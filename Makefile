@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 WORKERS ?= 2
 
-.PHONY: demo test test-slow interop real demo-seeds reconstruct memory check format lint types layers clean
+.PHONY: demo test test-slow interop real demo-seeds reconstruct federate memory check format lint types layers clean
 
 demo: $(STAMP)
 	$(BIN)/pomona demo
@@ -28,6 +28,9 @@ real: $(STAMP)
 
 reconstruct: $(STAMP)
 	$(BIN)/python benchmarks/reconstruct.py
+
+federate: $(STAMP)
+	$(BIN)/python benchmarks/federate.py
 
 memory: $(STAMP)
 	$(BIN)/python benchmarks/memory.py

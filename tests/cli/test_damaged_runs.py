@@ -132,12 +132,13 @@ def refuse_all(
         if broken == content:
             continue
         path.write_bytes(broken)
-        for command in commands:
+        wrong = must_refuse(path.name, damage)
+        for command in commands if wrong else commands[:1]:  # what is fine takes a whole report
             capsys.readouterr()
             code, err = call(*command), capsys.readouterr().err
             where = f"{path.name}, {damage}, {command[0]}: {err}"
             assert "Traceback" not in err, where
-            if must_refuse(path.name, damage):
+            if wrong:
                 assert code == 2, where
                 assert len(err.splitlines()) == 1, where
                 assert err.startswith("error: "), where

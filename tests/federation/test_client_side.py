@@ -61,6 +61,8 @@ def test_scaffold_steps_along_the_corrected_gradient():
     (after,) = train_cohort(base, [task], ONE_STEP, strategy, 0, 1, 1, 0)
     for name, value in after.state.adapter.items():
         torch.testing.assert_close(value, state.adapter[name] - 1e-2, rtol=1e-4, atol=1e-5)
+    (plain,) = train_cohort(base, [replace(task, server={})], ONE_STEP, FedAvg(), 0, 1, 1, 0)
+    assert after.losses == pytest.approx(plain.losses), "the loss that is told is the rows' own"
 
 
 def test_scaffolds_server_is_numpys():

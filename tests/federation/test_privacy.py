@@ -160,7 +160,7 @@ def test_amplification_is_what_small_samples_gain():
     sampling=st.sampled_from(["known", "fixed", "poisson"]),
     sampled=st.integers(1, 40),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_more_rounds_cost_more_and_more_noise_less(noise, rounds, sampling, sampled):
     def spent(noise, rounds):
         return epsilon(Privacy(1.0, noise, sampling=sampling), rounds, 40, sampled)

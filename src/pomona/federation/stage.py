@@ -57,22 +57,13 @@ class Stage:
         first, count = steps_taken(states[0]), len(self.drawn[0])
         last: list[Moments] = []
 
-        def losses(step: int) -> PerClient:
-            loss_C = self._losses(step - first)
-            extra_C = self.strategy.penalty(shared, anchor)
-            total_C = loss_C if extra_C is None else loss_C + extra_C
-            if correction:
-                terms = [(c * shared[n]).flatten(1).sum(1) for n, c in correction.items()]
-                total_C = total_C + torch.stack(terms).sum(0)
-            return total_C
-
         leaves = _named_leaves(state)
         names, parameters = list(leaves), list(leaves.values())
         resume = _kept_moments(stacked, names, first)
         with self.base.attach(state):
             history = fit(
                 parameters,
-                losses,
+                lambda step: self._objective(step - first, shared, anchor, correction),
                 first + count,
                 lambda _step: self.rate,
                 self.optimiser,
@@ -85,6 +76,23 @@ class Stage:
             for c in range(len(own))
         ]
         return list(zip(own, history.T.tolist(), gradients, strict=True))
+
+    def _objective(
+        self,
+        step: int,
+        shared: Mapping[str, Tensor],
+        anchor: Mapping[str, Tensor],
+        correction: Mapping[str, Tensor],
+    ) -> PerClient:
+        """Return each client's loss with the strategy's penalty; a correction is in its gradient alone."""
+        loss_C = self._losses(step)
+        penalty_C = self.strategy.penalty(shared, anchor)
+        if penalty_C is not None:
+            loss_C = loss_C + penalty_C
+        for name, gradient in correction.items():
+            along_C = (gradient * shared[name]).flatten(1).sum(1)
+            loss_C = loss_C + (along_C - along_C.detach())
+        return loss_C
 
     def _losses(self, step: int) -> PerClient:
         """Return each client's loss on its rows of a step, client-major [C·b, T]."""

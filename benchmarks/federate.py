@@ -1,0 +1,314 @@
+"""Personalised federated tuning: every recipe beside FLEx, where sharing should pay and where it may not.
+
+    python benchmarks/federate.py [--quick] [--setting NAME] [--method NAME …] [--out DIR] [--json PATH]
+
+`rootstock-3m` made into eight experts, two active, then Dolly in four settings: one task per client, the
+same with 100 rows per client, and ten clients with Dirichlet mixtures (0.5 and 1.0); three seeds each. All
+methods take as many steps on as many rows. Also the gain of federating over a client alone with the same
+graft, as a function of the rows per client. Interrupted, it goes on where it was; `--setting` and `--method`
+make some runs only and record nothing, so that two processes can share the work. `--quick`: two seeds of the
+first setting, four rounds, the main methods. Material is found through POMONA_DATA and POMONA_MODELS.
+"""
+
+import argparse
+import hashlib
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from record import ROOT, record
+
+from pomona.artifacts.figures import svg
+from pomona.artifacts.finished import FinishedRun, load_runs
+from pomona.artifacts.run import RunDirectory
+from pomona.artifacts.table import BASE, Line, compare, differences
+from pomona.cli.console import console, print_table, progress_bars
+from pomona.data.texts import read_domains
+from pomona.federate import federate
+from pomona.federation.partition import ByCategory, Dirichlet, Partition
+from pomona.federation.settings import FederateSettings
+from pomona.files import write_text
+from pomona.progress import titled
+from pomona.recipe import dump, read_recipe
+from pomona.reconstruct import ReconstructSettings, reconstruct
+from pomona.reconstruction.retraining import ExpertStage, Retraining
+
+TASKS = ("closed_qa", "information_extraction", "classification", "summarization")
+SETTINGS: dict[str, Partition] = {
+    "one task each": ByCategory(TASKS),
+    "100 rows each": ByCategory(TASKS, rows=100),
+    "Dirichlet 0.5": Dirichlet(10, 0.5),
+    "Dirichlet 1.0": Dirichlet(10, 1.0),
+}
+ROWS = (25, 50, 100, 200, 400)
+OURS, ALONE, CEILING = "flex", "local-only-graft", "centralised"
+CEILINGS = (CEILING, "centralised-attention")
+METHODS = (
+    "local-only",
+    ALONE,
+    *CEILINGS,
+    "fedavg",
+    "fedprox",
+    "fedavgm",
+    "fedadam",
+    "scaffold",
+    "fedavg-experts",
+    "fedavg-finetune",
+    "fedrep",
+    "feddpa",
+    "fedsa-lora",
+    "ffa-lora",
+    "flexlora",
+    "flora",
+    "lora-on-expert",
+    "flex-faithful",
+    "flex-no-gate",
+    "flex-random-expert",
+    OURS,
+)
+MAIN = ("local-only", ALONE, "fedavg", OURS)
+
+
+def main() -> None:
+    options = _options()
+    torch.set_num_threads(1)
+    os.environ.setdefault("POMONA_DATA", str(ROOT.parent / "shared" / "data"))
+    os.environ.setdefault("POMONA_MODELS", str(ROOT.parent / "shared" / "models"))
+    model = _mixture(options.out)
+    seeds = (0, 1) if options.quick else (0, 1, 2)
+    methods = options.method or (MAIN if options.quick else METHODS)
+    names = list(SETTINGS)[:1] if options.quick else list(SETTINGS)
+    rounds = 4 if options.quick else 20
+    partial = bool(options.setting or options.method)
+    rows: dict[str, list[dict[str, Any]]] = {}
+    bars: list[dict[str, Any]] = []
+    for name in [options.setting] if options.setting else names:
+        runs = _runs(options.out, model, SETTINGS[name], methods, seeds, rounds)
+        rows[name] = _rows(runs)
+        columns = ["method", "nats", "over rows", "worst", "spread", "− ours", "p", "forgot", "MB"]
+        print_table(name, columns, [_shown(row) for row in rows[name]])
+        if OURS in methods and len(methods) > 1:
+            bars += _bars(name, rows[name])
+    if partial:
+        return
+    curve = [] if options.quick else list(_curve(options.out, model, seeds, rounds))
+    record(options.json, rows, bars, gain_by_rows=curve)
+    if curve:
+        write_text(options.json.with_suffix(".svg"), _plot(curve))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="two seeds, four rounds, one setting")
+    parser.add_argument("--setting", choices=SETTINGS, help="only make these runs")
+    parser.add_argument("--method", action="append", choices=METHODS, help="only make these runs")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "federate")
+    parser.add_argument(
+        "--json", type=Path, default=ROOT / "benchmarks" / "results" / "federate.json"
+    )
+    return parser.parse_args()
+
+
+def _mixture(out: Path) -> Path:
+    """Make the mixture that all methods tune: Pomona's defaults with 100,000 tokens of retraining."""
+    folder = out / "mixture"
+    if not folder.exists():
+        dense = Path(os.environ["POMONA_MODELS"]) / "rootstock-3m"
+        domains = read_domains(Path(os.environ["POMONA_DATA"]) / "calibration")
+        retrain = Retraining(experts=ExpertStage(tokens=100_000))
+        settings = ReconstructSettings(
+            experts=8, active=2, keep=0.25, windows=32, affinity_windows=8, retrain=retrain
+        )
+        with progress_bars() as progress:
+            reconstruct(dense, domains, folder, settings, progress)
+    return folder
+
+
+def _runs(
+    out: Path,
+    model: Path,
+    partition: Partition,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    rounds: int,
+) -> list[FinishedRun]:
+    """Return the finished runs, made where they are not there yet."""
+    paths = [
+        _run(out, _settings(model, method, partition, seed, rounds))
+        for seed in seeds
+        for method in methods
+    ]
+    return load_runs(paths)
+
+
+def _settings(
+    model: Path, method: str, partition: Partition, seed: int, rounds: int
+) -> FederateSettings:
+    """Return a recipe on this model and these clients, evaluated alike."""
+    given = {"model": str(model.resolve()), "seed": seed, "rounds": rounds}
+    recipe = read_recipe(ROOT / "recipes" / f"{method}.toml", FederateSettings, given)
+    if method == "flex-faithful":  # its form and its gate, at the sizes and rates of the others
+        plain = read_recipe(ROOT / "recipes" / f"{OURS}.toml", FederateSettings, given)
+        assert recipe.graft is not None and plain.graft is not None
+        graft = replace(recipe.graft, rank=plain.graft.rank, alpha=plain.graft.alpha)
+        recipe = replace(plain, name=method, graft=graft)
+    held_out = Path(os.environ["POMONA_DATA"]) / "calibration"
+    evaluation = replace(recipe.evaluation, every=rounds, answers=0, forgetting=held_out, windows=4)
+    local = recipe.local
+    if isinstance(partition, Dirichlet) and recipe.pooled:
+        local = replace(local, steps=local.steps * 10 // 4)  # ten clients' steps, not four's
+    data = replace(recipe.data, partition=partition)
+    return replace(recipe, data=data, evaluation=evaluation, local=local, max_length=256)
+
+
+def _run(out: Path, settings: FederateSettings) -> Path:
+    recipe = dump(settings)
+    key = hashlib.sha256(recipe.encode()).hexdigest()[:12]
+    path = out / "runs" / f"{settings.name}-{settings.seed}-{key}"
+    about = {
+        "command": ["python", *sys.argv],
+        "method": settings.name,
+        "seed": settings.seed,
+    }
+    if not (path / "results.json").is_file():
+        with RunDirectory.open(path, recipe, about) as run, progress_bars() as progress:
+            federate(settings, run, titled(path.name, progress))
+    return path
+
+
+def _rows(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
+    """Return a row per method: its figures, and how it differs from ours on the same rows."""
+    losses = compare(runs, "loss")
+    against = {d.first: d for d in differences(runs, "loss", OURS)} if _has(runs, OURS) else {}
+    return [_row(line, runs, against.get(line.method)) for line in losses]
+
+
+def _has(runs: Sequence[FinishedRun], method: str) -> bool:
+    return any(run.method == method for run in runs)
+
+
+def _row(line: Line, runs: Sequence[FinishedRun], against: Any) -> dict[str, Any]:
+    own = [run for run in runs if run.method == line.method]
+    sent = [_megabytes(run) for run in own]
+    return {
+        "method": line.method,
+        "seeds": list(line.seeds),
+        "nats": line.mean.mean,
+        "interval_over_rows": [line.mean.low, line.mean.high],
+        "interval_over_seeds": [line.over_seeds.low, line.over_seeds.high]
+        if line.over_seeds
+        else None,
+        "clients": dict(line.clients),
+        "worst": line.worst,
+        "spread": line.spread,
+        "minus_ours": against.rows.difference.mean if against else None,
+        "p_over_rows": against.rows.p_value if against else None,
+        "p_holm": against.corrected if against else None,
+        "held_out": _held_out(runs[:1] if line.method == BASE else own, line.method),
+        "megabytes": float(np.mean(sent)) if sent else 0.0,
+    }
+
+
+def _megabytes(run: FinishedRun) -> float:
+    lines = [m for m in run.metrics if m["model"] == "communication"]
+    return sum(m["sent_bytes"] + m["received_bytes"] for m in lines) / 1e6
+
+
+def _held_out(runs: Sequence[FinishedRun], method: str) -> float:
+    """Return the loss of held-out text under the models that clients end up with."""
+    model = BASE if method == BASE else runs[0].served
+    lines = [line for run in runs for line in run.forgetting if line["model"] == model]
+    return sum(line["nats"] for line in lines) / sum(line["tokens"] for line in lines)
+
+
+def _bars(setting: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The bar of the four settings; parity where the ceiling itself is no better than a client alone."""
+    by_name = {row["method"]: row for row in rows}
+    ours = by_name[OURS]
+    others = [r for r in rows if r["method"] not in (BASE, OURS, *CEILINGS)]
+    second = min(others, key=lambda row: row["nats"])
+    alone, ceiling = by_name.get(ALONE), by_name.get(CEILING)
+    parity = bool(alone and ceiling and ceiling["nats"] >= alone["nats"])
+    name = f"{setting}: {OURS} against the next best, {second['method']}"
+    yield _bar(f"{name}, mean nats", ours["nats"], second["nats"])
+    if parity:
+        yield _bar(
+            f"{setting}: parity with {ALONE} (pooling with the same graft is no better), share of "
+            "which ours is above it",
+            ours["nats"] / alone["nats"] - 1 if alone else 0.0,
+            0.005,
+        )
+    else:
+        yield _bar(f"{name}, p over rows", second["p_over_rows"], 0.05)
+    worst = min(others, key=lambda row: row["worst"])
+    yield _bar(
+        f"{setting}: worst client against that of {worst['method']}", ours["worst"], worst["worst"]
+    )
+    least = min(others, key=lambda row: row["held_out"])
+    best = min(others, key=lambda row: row["nats"])
+    yield _bar(
+        f"{setting}: held-out text against the best baseline, {best['method']} (least forgetting of all: "
+        f"{least['method']})",
+        ours["held_out"],
+        best["held_out"],
+    )
+
+
+def _bar(name: str, value: float | None, bar: float) -> dict[str, Any]:
+    return {"name": name, "value": value, "bar": bar, "holds": value is not None and value <= bar}
+
+
+def _curve(out: Path, model: Path, seeds: Sequence[int], rounds: int) -> Iterator[dict[str, Any]]:
+    """Return by how much federating lowers the loss of a client with the same graft, by its rows."""
+    for rows in (*ROWS, 0):
+        partition = ByCategory(TASKS, rows=rows)
+        runs = _runs(out, model, partition, (ALONE, OURS), seeds, rounds)
+        found = next(iter(differences(runs, "loss", OURS)))
+        yield {
+            "rows": rows or "all",
+            "gain": found.rows.difference.mean,
+            "interval": [found.rows.difference.low, found.rows.difference.high],
+            "p_over_rows": found.rows.p_value,
+        }
+
+
+def _plot(curve: Sequence[Mapping[str, Any]]) -> str:
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    places = range(len(curve))
+    gains = np.array([point["gain"] for point in curve])
+    low, high = np.array([point["interval"] for point in curve]).T
+    axes.errorbar(places, gains, (gains - low, high - gains), fmt="o-", color="#c05621", capsize=3)
+    axes.axhline(0, color="#4a5568", linewidth=1)
+    axes.set_xticks(places, [str(point["rows"]) for point in curve])
+    axes.set(
+        xlabel="train rows per client",
+        ylabel="nats that federating gains\nover the same graft alone",
+    )
+    axes.grid(alpha=0.3)
+    return svg(figure)
+
+
+def _shown(row: Mapping[str, Any]) -> list[str]:
+    low, high = row["interval_over_rows"]
+    return [
+        row["method"],
+        f"{row['nats']:.4f}",
+        f"{low:.3f}–{high:.3f}",
+        f"{row['worst']:.3f}",
+        f"{row['spread']:.3f}",
+        "" if row["minus_ours"] is None else f"{row['minus_ours']:+.4f}",
+        "" if row["p_over_rows"] is None else f"{row['p_over_rows']:.3f}",
+        f"{row['held_out']:.3f}",
+        f"{row['megabytes']:.1f}",
+    ]
+
+
+if __name__ == "__main__":
+    main()
+    console.print("every row with its seeds is in the JSON")
