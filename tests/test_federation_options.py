@@ -15,7 +15,7 @@ from pomona.errors import PomonaError
 from pomona.evaluate import on_rows
 from pomona.federation.local import LocalTraining
 from pomona.federation.settings import Finish
-from pomona.federation.strategies import FedSALoRA, FFALoRA, FLoRA, LocalOnly, Scaffold
+from pomona.federation.strategies import FedSALoRA, FFALoRA, FlexLoRA, FLoRA, LocalOnly, Scaffold
 from pomona.models.lora import LoRA
 from pomona.models.peft_format import read_adapter
 
@@ -169,6 +169,26 @@ def test_what_lies_on_disk_is_what_was_measured(settings, tmp_path, strategy):
     assert found == pytest.approx(own_loss(tmp_path / "run", "pears"), abs=2e-5)
 
 
+@pytest.mark.parametrize("strategy", [FlexLoRA(), FLoRA(), LocalOnly()])
+def test_clients_of_a_smaller_rank_hold_and_send_no_more(settings, tmp_path, strategy):
+    mixed = replace(settings, strategy=strategy, ranks={"pears": 1}, graft=None)
+    run(mixed, tmp_path / "run")
+    _, small = read_adapter(tmp_path / "run/clients/pears/adapter")
+    factors = {n: v for n, v in small.items() if n.endswith(("lora_A", "lora_B"))}
+    if not isinstance(strategy, FLoRA):  # whose residual leaves as factors of full rank
+        for name, value in factors.items():
+            beyond = value[1:] if name.endswith("lora_A") else value[:, 1:]
+            assert beyond.numel() and not beyond.any(), name
+    for line in metrics(tmp_path / "run", "communication"):
+        if strategy.shares == "adapter":
+            assert 0 < line["received"]["pears"] < line["received"]["apples"]
+            assert 0 < line["sent"]["pears"] < line["sent"]["apples"]
+    found = measured_again(
+        mixed, tmp_path / "run", "pears", tmp_path / "p.jsonl", adapter="clients/pears/adapter"
+    )
+    assert found == pytest.approx(own_loss(tmp_path / "run", "pears"), abs=2e-5)
+
+
 @pytest.mark.parametrize("writes", [3, 7, 12, 17])
 def test_memory_and_kept_optimisers_survive_an_interruption(
     settings, tmp_path, monkeypatch, writes
@@ -212,6 +232,8 @@ def test_memory_and_kept_optimisers_survive_an_interruption(
         ({"newcomers": ("kiwis",)}, 'newcomers: there is no client "kiwis"'),
         ({"newcomers": ("apples", "pears", "plums")}, "all clients are newcomers"),
         ({"joins": {"pears": 9}}, 'client "pears" joins in round 9, but the rounds are 1 to 3'),
+        ({"ranks": {"pears": 1}}, "ranks: FedAvg needs the same rank of everybody"),
+        ({"ranks": {"pears": 9}, "strategy": FLoRA()}, 'client "pears" has rank 9, which is not'),
         ({"dropout": 1.0}, "dropout 1.0 is not a share below 1"),
         ({"pooled": True, "newcomers": ("pears",)}, "leave out newcomers and joins"),
         ({"adapter": LoRA(layers=(7,))}, "LoRA layer 7 has none of the targets; layers 0 to 1 do"),

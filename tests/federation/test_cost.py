@@ -91,12 +91,14 @@ def test_a_message_is_as_long_as_its_file(base, tmp_path):
     size = (tmp_path / "message.safetensors").stat().st_size
     assert message_bytes(shared) == size > sum(t.nbytes for t in shared.values())
     half = {name: value[:1] for name, value in shared.items()}
-    line = communication(3, shared, ["a", "b", "c"], [Update("c", 5, half), Update("a", 1, shared)])
+    line = communication(
+        3, dict.fromkeys("abc", shared), [Update("c", 5, half), Update("a", 1, shared)]
+    )
     assert line["sent"] == {"a": size, "b": size, "c": size}
     assert line["received"] == {"a": size, "b": 0, "c": message_bytes(half)}
     assert line["sent_bytes"] == 3 * size
     assert line["received_bytes"] == size + message_bytes(half)
-    assert communication(1, {}, ["a"], [])["sent_bytes"] == 0
+    assert communication(1, {"a": {}}, [])["sent_bytes"] == 0
 
 
 def test_speed_times_the_base_and_the_client_in_turn(base, monkeypatch):

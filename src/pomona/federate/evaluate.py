@@ -10,7 +10,7 @@ from pomona.artifacts.run import Snapshot
 from pomona.errors import PomonaError
 from pomona.federate.prepare import Federation
 from pomona.federation.measure import Measured, measured_of
-from pomona.federation.update import ClientState, join
+from pomona.federation.update import ClientState
 
 
 def evaluate(
@@ -26,21 +26,21 @@ def evaluate(
         federation.progress("evaluating", done, len(federation.test))
         owner = federation.owner(name)
         own = private.get(owner) or federation.run.client(snapshot, owner)
-        for kind, state in models_of(federation, shared, own).items():
+        for kind, state in models_of(federation, owner, shared, own).items():
             lines.append(loss_line(round_, kind, name, measured(federation, name, state)))
     federation.progress("evaluating", len(federation.test), len(federation.test))
     return lines
 
 
 def models_of(
-    federation: Federation, shared: Mapping[str, Tensor], private: ClientState
+    federation: Federation, client: str, shared: Mapping[str, Tensor], private: ClientState
 ) -> dict[str, ClientState]:
     """Return the models a client can be served by: the shared one and, if it has one, its own."""
     models: dict[str, ClientState] = {}
     if federation.settings.strategy.shares == "adapter":  # less than that is no model
         models["shared"] = ClientState(shared)
-    if private.private:
-        models["personal"] = join(shared, private)
+    if private.private or federation.settings.ranks:
+        models["personal"] = federation.state(client, shared, private)
     return models
 
 

@@ -26,7 +26,10 @@ def finish(federation: Federation, snapshot: Snapshot) -> dict[str, Any]:
     private = {name: run.client(snapshot, federation.owner(name)) for name in federation.test}
     for done, (name, own) in enumerate(private.items()):
         federation.progress("answering", done, len(private))
-        models = {"base": ClientState(), **models_of(federation, shared, own)}
+        models = {
+            "base": ClientState(),
+            **models_of(federation, federation.owner(name), shared, own),
+        }
         for kind, state in models.items():
             found = measured(federation, name, state)
             if kind != "base":
@@ -38,7 +41,7 @@ def finish(federation: Federation, snapshot: Snapshot) -> dict[str, Any]:
     run.add_metrics(metrics)
     run.write_answers(answers)
     _write_options(federation, shared, private)
-    states = {name: join(shared, own) for name, own in private.items()}
+    states = {n: federation.state(n, shared, own) for n, own in private.items()}
     untuned = [line for line in routing if line["model"] == "base"]
     cost = cost_of(federation.base, states.values(), untuned)
     results = assemble_results(answers, routing, federation.base.sites, private, cost)
@@ -55,7 +58,7 @@ def _write_options(
     if federation.held_out:
         models: list[tuple[str, str | None, ClientState]] = [("base", None, ClientState())]
         for name, own in private.items():
-            served = models_of(federation, shared, own)
+            served = models_of(federation, federation.owner(name), shared, own)
             if "shared" in served and len(models) == 1:
                 models.append(("shared", None, served["shared"]))
             if "personal" in served:
@@ -78,8 +81,9 @@ def _publish(
     if settings.strategy.shares == "adapter":
         run.publish_shared(settings.adapter, shared, origin)
     for name, own in private.items():
-        if own.adapter:
-            run.publish_adapter(name, settings.adapter, join(shared, own).adapter, origin)
+        if own.adapter or name in settings.ranks:
+            adapter = federation.state(name, shared, own).adapter
+            run.publish_adapter(name, settings.adapter, adapter, origin)
         if settings.personal is not None:
             run.publish_personal(name, settings.personal, own.personal, origin)
         if settings.graft is not None:

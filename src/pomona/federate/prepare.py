@@ -1,9 +1,10 @@
 """What every stage of one federation needs, read and checked before anything is computed."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pomona.artifacts.run import RunDirectory
@@ -15,8 +16,10 @@ from pomona.federation.forgetting import held_out_windows
 from pomona.federation.graft import Graft
 from pomona.federation.holdings import Holdings
 from pomona.federation.settings import FederateSettings
+from pomona.federation.update import ClientState, join
 from pomona.models.experts import ExpertSite, expert_sites_if_any, find_expert_sites, freeze
 from pomona.models.loading import context_length, load_model, load_tokenizer
+from pomona.models.lora import narrowed, of_rank
 from pomona.progress import Progress, Tell
 from pomona.shapes import Tokens
 
@@ -39,6 +42,18 @@ class Federation:
     progress: Progress
     tell: Tell
     holdings: Holdings
+
+    def state(self, client: str, shared: Mapping[str, Tensor], private: ClientState) -> ClientState:
+        """Return a client's whole state: what the server has sent, to its own rank, and its own."""
+        whole = join(shared, private)
+        if client not in self.settings.ranks:
+            return whole
+        return replace(whole, adapter=of_rank(whole.adapter, self.settings.ranks[client]))
+
+    def sends(self, client: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what travels of an adapter between the server and a client: no more than its rank."""
+        rank = self.settings.ranks.get(client)
+        return dict(tensors) if rank is None else narrowed(tensors, rank)
 
     def owner(self, client: str) -> str:
         """Return who trains the model that serves a client."""

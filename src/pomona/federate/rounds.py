@@ -23,7 +23,7 @@ from pomona.federation.strategies import (
     Strategy,
     frozen_part,
 )
-from pomona.federation.update import ClientState, Update, join, split, within
+from pomona.federation.update import ClientState, Update, split, within
 
 
 def train_round(federation: Federation, snapshot: Snapshot, round_: int) -> Snapshot:
@@ -39,13 +39,14 @@ def train_round(federation: Federation, snapshot: Snapshot, round_: int) -> Snap
     for name, trained in _train(federation, snapshot, answering, round_):
         shared, private[name] = split(trained.state, strategy.shares, frozen_part(strategy))
         if shared:
-            shared |= trained.report
+            shared = {**federation.sends(name, shared), **trained.report}
             updates.append(Update(name, len(federation.train[name]), shared))
         metrics.append(_training_line(round_, name, trained))
     protected, spent = _protect(federation, snapshot, updates, round_, len(chosen))
     server = strategy.aggregate(snapshot.server, protected)
     sent = _sent(strategy, snapshot.server)
-    metrics += [communication(round_, sent, chosen, updates), *spent]
+    messages = {name: federation.sends(name, sent) for name in chosen}
+    metrics += [communication(round_, messages, updates), *spent]
     return _committed(federation, snapshot, round_, server, private, metrics, began)
 
 
@@ -101,7 +102,7 @@ def _train(
         tasks = [
             Task(
                 name,
-                join(server.shared, federation.run.client(snapshot, name)),
+                federation.state(name, server.shared, federation.run.client(snapshot, name)),
                 federation.train[name],
                 server.memory,
             )

@@ -181,22 +181,22 @@ def speed_of(
 
 
 def communication(
-    round_: int, sent: Mapping[str, Tensor], clients: Sequence[str], updates: Sequence[Update]
+    round_: int, messages: Mapping[str, Mapping[str, Tensor]], updates: Sequence[Update]
 ) -> dict[str, Any]:
     """Return the line of a round's messages: bytes to and from every client, and of all together.
 
-    They are measured at the message as it is serialised (safetensors, header included); nothing to
-    send is no message.
+    `messages` are what the server sends to each. They are measured as they are serialised (safetensors,
+    header included); nothing to send is no message.
     """
-    size = message_bytes(sent)
+    sent = {client: message_bytes(message) for client, message in messages.items()}
     received = {update.client: message_bytes(update.shared) for update in updates}
     return {
         "round": round_,
         "model": "communication",
-        "sent_bytes": size * len(clients),
+        "sent_bytes": sum(sent.values()),
         "received_bytes": sum(received.values()),
-        "sent": dict.fromkeys(clients, size),
-        "received": {name: received.get(name, 0) for name in clients},
+        "sent": sent,
+        "received": {name: received.get(name, 0) for name in sent},
     }
 
 

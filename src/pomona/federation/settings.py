@@ -12,8 +12,10 @@ from pomona.federation.graft import Graft
 from pomona.federation.local import LocalTraining
 from pomona.federation.measure import Evaluation
 from pomona.federation.privacy import Privacy
-from pomona.federation.strategies import FedAvg, Strategy
+from pomona.federation.strategies import FedAvg, FlexLoRA, FLoRA, LocalOnly, Strategy
 from pomona.models.lora import LoRA
+
+_ANY_RANK = (FlexLoRA, FLoRA, LocalOnly)
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class FederateSettings:
     answered. `joins` says from which round on a client takes part; `newcomers` take part in none, they
     graft and train when it is over (`finish`). `personal` is a private LoRA beside the shared adapter;
     `pooled` trains one model on everybody's rows, the ceiling. `warm_start` is a PEFT folder that the
-    adapter begins as.
+    adapter begins as. `ranks` gives some clients an adapter of a smaller rank.
     """
 
     model: str = field(metadata={"path": True})
@@ -61,6 +63,7 @@ class FederateSettings:
     template: Template = field(default_factory=Alpaca)
     max_length: int = 512
     adapter: LoRA = field(default_factory=LoRA)
+    ranks: Mapping[str, int] = field(default_factory=dict[str, int])
     warm_start: Path | None = None
     personal: LoRA | None = None
     graft: Graft | None = None
@@ -87,6 +90,17 @@ class FederateSettings:
             self.privacy.check(self.strategy)
         if self.pooled and (self.newcomers or self.joins):
             raise PomonaError("pooled rows are one client's; leave out newcomers and joins")
+        if self.ranks and not isinstance(self.strategy, _ANY_RANK):
+            raise PomonaError(
+                f"ranks: {type(self.strategy).__name__} needs the same rank of everybody; leave ranks out, "
+                "or take flexlora, flora or local-only"
+            )
+        for name, rank in self.ranks.items():
+            if not 1 <= rank <= self.adapter.rank:
+                raise PomonaError(
+                    f'ranks: client "{name}" has rank {rank}, which is not between 1 and that of the adapter, '
+                    f"{self.adapter.rank}"
+                )
         for name, round_ in self.joins.items():
             if not 1 <= round_ <= self.rounds:
                 raise PomonaError(
@@ -109,7 +123,11 @@ class FederateSettings:
 
     def check_clients(self, names: list[str]) -> None:
         """Raise `PomonaError` for a client of `joins` or `newcomers` that the data do not have."""
-        for key, told in (("joins", self.joins), ("newcomers", self.newcomers)):
+        for key, told in (
+            ("joins", self.joins),
+            ("newcomers", self.newcomers),
+            ("ranks", self.ranks),
+        ):
             for name in told:
                 if name not in names:
                     raise PomonaError(f'{key}: there is no client "{name}"; there are {names}')

@@ -120,6 +120,32 @@ def low_rank_pair(
     return {"lora_A": a_RI, "lora_B": torch.zeros(size_out, rank)}
 
 
+def narrowed(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """Return an adapter's first `rank` directions: rows of every A, columns of every B."""
+    return {name: _first(name, value, rank) for name, value in tensors.items()}
+
+
+def of_rank(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """Return an adapter of the same shape with zeros beyond its first `rank` directions.
+
+    Where both factors are zero so are both gradients: training leaves them so, and clients of several ranks
+    share a cohort.
+    """
+    cut: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        cut[name] = torch.zeros_like(value)
+        _first(name, cut[name], rank).copy_(_first(name, value, rank))
+    return cut
+
+
+def _first(name: str, value: Tensor, rank: int) -> Tensor:
+    """Return a view of a factor's first directions; what is no factor is whole."""
+    if not name.endswith(("lora_A", "lora_B")):
+        return value
+    place = value.ndim - (2 if name.endswith("lora_A") else 1)
+    return value.narrow(place, 0, min(rank, value.shape[place]))
+
+
 def low_rank(
     x_CSI: Float[Tensor, "C S I"], a_CRI: Float[Tensor, "C R I"], b_COR: Float[Tensor, "C O R"]
 ) -> Float[Tensor, "C S O"]:
