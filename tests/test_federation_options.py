@@ -136,6 +136,35 @@ def test_a_warm_start_begins_where_another_run_has_ended(settings, tmp_path):
         run(replace(warm, adapter=LoRA(3, 6.0)), tmp_path / "other")
 
 
+def test_new_clients_graft_onto_a_federation_that_is_over(settings, tmp_path):
+    run(settings, tmp_path / "first")
+    new = replace(
+        settings,
+        rounds=0,
+        warm_start=tmp_path / "first/shared",
+        finish=Finish(2, LocalTraining(steps=1, batch=2)),
+    )
+    run(new, tmp_path / "new")
+    assert trained(tmp_path / "new") == [
+        (round_, client) for round_ in (1, 2) for client in ("apples", "pears", "plums")
+    ]
+    assert not metrics(tmp_path / "new", "communication")
+    _, before = read_adapter(tmp_path / "first/shared")
+    _, after = read_adapter(tmp_path / "new/shared")
+    assert all(torch.equal(after[n], v) for n, v in before.items())
+    found = measured_again(
+        new,
+        tmp_path / "new",
+        "plums",
+        tmp_path / "plums.jsonl",
+        adapter="shared",
+        graft="clients/plums/graft",
+    )
+    assert found == pytest.approx(own_loss(tmp_path / "new", "plums"), abs=1e-6)
+    with pytest.raises(PomonaError, match="rounds 0 is not positive"):
+        replace(new, warm_start=None)
+
+
 def test_a_personal_lora_stays_and_comes_back(settings, tmp_path):
     both = replace(settings, personal=LoRA(2, 4.0, ("o_proj",), layers=(1,)))
     run(both, tmp_path / "run")

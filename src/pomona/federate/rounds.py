@@ -56,7 +56,7 @@ def finishing_round(federation: Federation, snapshot: Snapshot, round_: int) -> 
     finish = settings.finishing
     assert finish is not None
     strategy = LocalOnly() if finish.adapter else SharedFixed(settings.strategy.shares)
-    names = [n for n in federation.train if not finish.newcomers_only or n in settings.newcomers]
+    names = [name for name in federation.train if settings.finishes(name)]
     private: dict[str, ClientState] = {}
     metrics: list[dict[str, Any]] = []
     for name, trained in _train(federation, snapshot, names, round_, strategy, finish):

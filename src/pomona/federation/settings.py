@@ -45,7 +45,8 @@ class FederateSettings:
     answered. `joins` says from which round on a client takes part; `newcomers` take part in none, they
     graft and train when it is over (`finish`). `personal` is a private LoRA beside the shared adapter;
     `pooled` trains one model on everybody's rows, the ceiling. `warm_start` is a PEFT folder that the
-    adapter begins as. `ranks` gives some clients an adapter of a smaller rank.
+    adapter begins as; with it `rounds` may be 0, when everybody is a newcomer to what was shared. `ranks` gives
+    some clients an adapter of a smaller rank.
     """
 
     model: str = field(metadata={"path": True})
@@ -75,7 +76,7 @@ class FederateSettings:
 
     def __post_init__(self) -> None:
         for name in ("rounds", "cohort", "max_length"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) < 1 and not (name == "rounds" and self.only_finishes):
                 raise PomonaError(f"{name} {getattr(self, name)} is not positive; use 1 or more")
         if not 0 < self.fraction <= 1:
             raise PomonaError(f"fraction {self.fraction} is not between 0 and 1")
@@ -108,6 +109,11 @@ class FederateSettings:
                 )
 
     @property
+    def only_finishes(self) -> bool:
+        """Whether there are no rounds: everybody is new to a federation that is over (`warm_start`)."""
+        return self.rounds == 0 and self.warm_start is not None
+
+    @property
     def last_round(self) -> int:
         """The number of the last round, those of `finish` included."""
         return self.rounds + (self.finishing.rounds if self.finishing else 0)
@@ -119,7 +125,14 @@ class FederateSettings:
     @property
     def finishing(self) -> Finish | None:
         """What is done after the last round; newcomers need it, told or not."""
-        return self.finish or (Finish() if self.newcomers else None)
+        return self.finish or (Finish() if self.newcomers or self.only_finishes else None)
+
+    def finishes(self, client: str) -> bool:
+        """Whether a client trains after the last round."""
+        finish = self.finishing
+        if finish is None:
+            return False
+        return not finish.newcomers_only or client in self.newcomers or self.only_finishes
 
     def check_clients(self, names: list[str]) -> None:
         """Raise `PomonaError` for a client of `joins` or `newcomers` that the data do not have."""
