@@ -101,10 +101,10 @@ def main() -> None:
         for seed in seeds if active == 1 else seeds[::-1]:  # two processes meet in the middle
             for name, settings in methods(active, tokens).items():
                 found.setdefault(name, []).append(_one(options.out, replace(settings, seed=seed)))
-        for name, settings in methods(active, tokens).items():
-            found[name][0]["peak_bytes"] = _peak(options.out, settings)
         for runs in found.values():
             runs.sort(key=lambda run: run.get("settings", {}).get("seed", 0))
+        for name, settings in methods(active, tokens).items():
+            found[name][0]["peak_bytes"] = _peak(options.out, settings)
         rows[setting] = [_row(name, runs) for name, runs in found.items()]
         for opponent in (FLAP, FAITHFUL, "static, our compensation and retraining"):
             bars += _bars(setting, found, opponent)
