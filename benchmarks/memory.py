@@ -1,4 +1,4 @@
-"""A checkpoint larger than the memory it is reconstructed in.
+"""What an offloaded reconstruction holds in memory at most, beside the size of its checkpoint.
 
     python benchmarks/memory.py [--gigabytes 4] [--out runs/memory] [--json PATH]
 
