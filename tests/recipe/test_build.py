@@ -33,17 +33,15 @@ class OutsideStrategy:
 
     strength: float = 1.0
     shares = "adapter"
-    penalty = FedAvg.penalty
     init = FedAvg.init
     aggregate = FedAvg.aggregate
 
 
 @dataclass(frozen=True)
 class Half:
-    """A server without a client's half."""
+    """A server that has no state to begin with."""
 
     shares = "adapter"
-    init = FedAvg.init
     aggregate = FedAvg.aggregate
 
 
@@ -51,7 +49,6 @@ class Half:
 class Hoarder:
     """Whoever does not say what is shared."""
 
-    penalty = FedAvg.penalty
     init = FedAvg.init
     aggregate = FedAvg.aggregate
 
@@ -61,7 +58,6 @@ class Narrow:
     """An aggregation that takes no updates."""
 
     shares = "adapter"
-    penalty = FedAvg.penalty
     init = FedAvg.init
 
     def aggregate(self, state):
@@ -299,7 +295,7 @@ def test_an_outside_member_that_is_none_is_named(tmp_path, outside, kind):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("Half", "is no strategy: it has no method penalty(adapter, anchor)"),
+        ("Half", "is no strategy: it has no method init(shared)"),
         ("Hoarder", "is no strategy: it has no shares"),
         ("Narrow", "is no strategy: its aggregate does not take (state, updates)"),
     ],

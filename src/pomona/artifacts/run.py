@@ -19,13 +19,10 @@ from pydantic_core import from_json
 from torch import Tensor
 
 from pomona.artifacts.about import read_about, write_about
-from pomona.artifacts.graft_format import write_graft
 from pomona.artifacts.inputs import Inputs, difference
-from pomona.artifacts.origin import ORIGIN, Origin
 from pomona.artifacts.results import FORGETTING, SPEED, SpeedFile, read_results
 from pomona.errors import PomonaError
 from pomona.evaluation.speed import Speed
-from pomona.federation.graft import Graft
 from pomona.federation.strategies import ServerState
 from pomona.federation.update import ClientState
 from pomona.files import (
@@ -37,8 +34,6 @@ from pomona.files import (
     write_json,
     write_text,
 )
-from pomona.models.lora import LoRA
-from pomona.models.peft_format import write_adapter
 from pomona.models.weights import read_tensors, write_tensors
 
 _KEPT = ("recipe.toml", "inputs.json", "metrics.jsonl", "answers.jsonl")
@@ -188,37 +183,6 @@ class RunDirectory:
     def note_time(self, entry: Mapping[str, Any]) -> None:
         """Append to timings.jsonl, the one file that differs between equal runs."""
         self._append("timings.jsonl", [entry])
-
-    def publish_shared(self, lora: LoRA, tensors: Mapping[str, Tensor], origin: Origin) -> None:
-        """Write the shared part as a PEFT adapter folder."""
-        self._publish_adapter(self.path / "shared", lora, tensors, origin)
-
-    def publish_adapter(
-        self, name: str, lora: LoRA, tensors: Mapping[str, Tensor], origin: Origin
-    ) -> None:
-        """Write the private adapter of one client."""
-        self._publish_adapter(self.path / "clients" / name / "adapter", lora, tensors, origin)
-
-    def publish_personal(
-        self, name: str, lora: LoRA, tensors: Mapping[str, Tensor], origin: Origin
-    ) -> None:
-        """Write the private LoRA that one client has beside the adapter."""
-        self._publish_adapter(self.path / "clients" / name / "personal", lora, tensors, origin)
-
-    def publish_graft(
-        self, name: str, graft: Graft, tensors: Mapping[str, Tensor], origin: Origin
-    ) -> None:
-        """Write the private expert of one client."""
-        folder = self.path / "clients" / name / "graft"
-        shutil.rmtree(folder, ignore_errors=True)
-        write_graft(folder, graft, tensors, origin)
-
-    @staticmethod
-    def _publish_adapter(
-        folder: Path, lora: LoRA, tensors: Mapping[str, Tensor], origin: Origin
-    ) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        write_adapter(folder, lora, tensors, origin.model, {ORIGIN: origin.to_json()})
 
     def write_answers(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write the final evaluation row by row."""

@@ -7,6 +7,12 @@ from typing import Any
 from torch import Tensor
 
 from pomona.artifacts.origin import origin_of, origin_of_graft
+from pomona.artifacts.publish import (
+    publish_adapter,
+    publish_graft,
+    publish_personal,
+    publish_shared,
+)
 from pomona.artifacts.results import assemble_results
 from pomona.artifacts.run import Snapshot
 from pomona.federate.evaluate import loss_line, measured, models_of
@@ -76,19 +82,19 @@ def _publish(
     federation: Federation, shared: Mapping[str, Tensor], private: Mapping[str, ClientState]
 ) -> None:
     """Write what a user keeps, each part with the fingerprint of the base it belongs to."""
-    settings, run, base = federation.settings, federation.run, federation.base
+    settings, run, base = federation.settings, federation.run.path, federation.base
     origin = origin_of(base, settings.model, settings.template, settings.max_length)
     if settings.strategy.shares == "adapter":
-        run.publish_shared(settings.adapter, shared, origin)
+        publish_shared(run, settings.adapter, shared, origin)
     for name, own in private.items():
         if own.adapter or name in settings.ranks:
             adapter = federation.state(name, shared, own).adapter
-            run.publish_adapter(name, settings.adapter, adapter, origin)
+            publish_adapter(run, name, settings.adapter, adapter, origin)
         if settings.personal is not None:
-            run.publish_personal(name, settings.personal, own.personal, origin)
+            publish_personal(run, name, settings.personal, own.personal, origin)
         if settings.graft is not None:
             grown = origin_of_graft(origin, base, own.graft)
-            run.publish_graft(name, settings.graft, own.graft, grown)
+            publish_graft(run, name, settings.graft, own.graft, grown)
 
 
 def _answer_lines(

@@ -8,7 +8,12 @@ from torch import Tensor
 
 from pomona.data.examples import Batch, Example, collate
 from pomona.federation.cohort import FrozenBase
-from pomona.federation.strategies.protocol import Corrects, Strategy, frozen_part
+from pomona.federation.strategies.protocol import (
+    Corrects,
+    Penalises,
+    Strategy,
+    frozen_part,
+)
 from pomona.federation.update import ClientState, learns, stack, unstack, within
 from pomona.shapes import PerClient
 from pomona.training.loop import AdamW, Moments, fit
@@ -86,9 +91,8 @@ class Stage:
     ) -> PerClient:
         """Return each client's loss with the strategy's penalty; a correction is in its gradient alone."""
         loss_C = self._losses(step)
-        penalty_C = self.strategy.penalty(shared, anchor)
-        if penalty_C is not None:
-            loss_C = loss_C + penalty_C
+        if isinstance(self.strategy, Penalises):
+            loss_C = loss_C + self.strategy.penalty(shared, anchor)
         for name, gradient in correction.items():
             along_C = (gradient * shared[name]).flatten(1).sum(1)
             loss_C = loss_C + (along_C - along_C.detach())

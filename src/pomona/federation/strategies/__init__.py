@@ -12,6 +12,7 @@ from pomona.federation.strategies.local_only import LocalOnly, SharedFixed
 from pomona.federation.strategies.protocol import (
     Corrects,
     Freezes,
+    Penalises,
     ServerState,
     Strategy,
     frozen_part,
@@ -54,6 +55,7 @@ __all__ = [
     "Krum",
     "LocalOnly",
     "Median",
+    "Penalises",
     "Scaffold",
     "ServerState",
     "SharedFixed",

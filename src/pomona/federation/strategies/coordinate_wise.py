@@ -14,7 +14,6 @@ from torch import Tensor
 from pomona.errors import PomonaError
 from pomona.federation.strategies.protocol import ServerState
 from pomona.federation.update import Part, Update
-from pomona.shapes import PerClient
 
 
 @dataclass(frozen=True)
@@ -25,12 +24,6 @@ class Median:
     def shares(self) -> Part:
         """The whole adapter."""
         return "adapter"
-
-    def penalty(
-        self, adapter: Mapping[str, Tensor], anchor: Mapping[str, Tensor]
-    ) -> PerClient | None:
-        """No penalty."""
-        return None
 
     def init(self, shared: Mapping[str, Tensor]) -> ServerState:
         """There is nothing to remember."""
@@ -62,12 +55,6 @@ class TrimmedMean:
     def shares(self) -> Part:
         """The whole adapter."""
         return "adapter"
-
-    def penalty(
-        self, adapter: Mapping[str, Tensor], anchor: Mapping[str, Tensor]
-    ) -> PerClient | None:
-        """No penalty."""
-        return None
 
     def init(self, shared: Mapping[str, Tensor]) -> ServerState:
         """There is nothing to remember."""

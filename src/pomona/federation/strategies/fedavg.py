@@ -12,7 +12,6 @@ from torch import Tensor
 
 from pomona.federation.strategies.protocol import ServerState
 from pomona.federation.update import Part, Update
-from pomona.shapes import PerClient
 
 
 @dataclass(frozen=True)
@@ -23,12 +22,6 @@ class FedAvg:
     def shares(self) -> Part:
         """The whole adapter."""
         return "adapter"
-
-    def penalty(
-        self, adapter: Mapping[str, Tensor], anchor: Mapping[str, Tensor]
-    ) -> PerClient | None:
-        """No penalty."""
-        return None
 
     def init(self, shared: Mapping[str, Tensor]) -> ServerState:
         """FedAvg remembers nothing."""

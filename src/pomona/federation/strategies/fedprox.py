@@ -32,9 +32,7 @@ class FedProx:
         """The whole adapter."""
         return "adapter"
 
-    def penalty(
-        self, adapter: Mapping[str, Tensor], anchor: Mapping[str, Tensor]
-    ) -> PerClient | None:
+    def penalty(self, adapter: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> PerClient:
         """Return each client's proximal term [C]."""
         distance_C = [
             (value - anchor[name]).flatten(1).square().sum(1) for name, value in adapter.items()

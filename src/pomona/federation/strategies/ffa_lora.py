@@ -12,7 +12,6 @@ from torch import Tensor
 from pomona.federation.strategies.fedavg import weighted_mean
 from pomona.federation.strategies.protocol import ServerState
 from pomona.federation.update import Part, Update
-from pomona.shapes import PerClient
 
 
 @dataclass(frozen=True)
@@ -28,12 +27,6 @@ class FFALoRA:
     def freezes(self) -> Part:
         """A."""
         return "lora_A"
-
-    def penalty(
-        self, adapter: Mapping[str, Tensor], anchor: Mapping[str, Tensor]
-    ) -> PerClient | None:
-        """No penalty."""
-        return None
 
     def init(self, shared: Mapping[str, Tensor]) -> ServerState:
         """There is nothing to remember."""

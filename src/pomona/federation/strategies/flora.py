@@ -15,7 +15,6 @@ from pomona.errors import PomonaError
 from pomona.federation.strategies.protocol import ServerState
 from pomona.federation.update import Part, Update
 from pomona.models.lora import low_rank_pair
-from pomona.shapes import PerClient
 
 _ROUND = "round"
 
@@ -28,12 +27,6 @@ class FLoRA:
     def shares(self) -> Part:
         """The whole adapter."""
         return "adapter"
-
-    def penalty(
-        self, adapter: Mapping[str, Tensor], anchor: Mapping[str, Tensor]
-    ) -> PerClient | None:
-        """No penalty."""
-        return None
 
     def init(self, shared: Mapping[str, Tensor]) -> ServerState:
         """Return the newborn pairs with residuals of zero, or with what a warm start brings in them."""

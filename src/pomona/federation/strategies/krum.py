@@ -15,7 +15,6 @@ from pomona.errors import PomonaError
 from pomona.federation.strategies.fedavg import weighted_mean
 from pomona.federation.strategies.protocol import ServerState
 from pomona.federation.update import Part, Update
-from pomona.shapes import PerClient
 
 
 @dataclass(frozen=True)
@@ -40,12 +39,6 @@ class Krum:
     def shares(self) -> Part:
         """The whole adapter."""
         return "adapter"
-
-    def penalty(
-        self, adapter: Mapping[str, Tensor], anchor: Mapping[str, Tensor]
-    ) -> PerClient | None:
-        """No penalty."""
-        return None
 
     def init(self, shared: Mapping[str, Tensor]) -> ServerState:
         """There is nothing to remember."""

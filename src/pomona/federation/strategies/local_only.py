@@ -7,7 +7,6 @@ from torch import Tensor
 
 from pomona.federation.strategies.protocol import ServerState
 from pomona.federation.update import Part, Update
-from pomona.shapes import PerClient
 
 
 @dataclass(frozen=True)
@@ -18,12 +17,6 @@ class LocalOnly:
     def shares(self) -> Part:
         """Nothing."""
         return "nothing"
-
-    def penalty(
-        self, adapter: Mapping[str, Tensor], anchor: Mapping[str, Tensor]
-    ) -> PerClient | None:
-        """No penalty."""
-        return None
 
     def init(self, shared: Mapping[str, Tensor]) -> ServerState:
         """There is nothing to remember."""
@@ -52,12 +45,6 @@ class SharedFixed:
     def freezes(self) -> Part:
         """What was shared."""
         return self.part
-
-    def penalty(
-        self, adapter: Mapping[str, Tensor], anchor: Mapping[str, Tensor]
-    ) -> PerClient | None:
-        """No penalty."""
-        return None
 
     def init(self, shared: Mapping[str, Tensor]) -> ServerState:
         """There is nothing to remember."""

@@ -20,20 +20,14 @@ class ServerState:
 
 @runtime_checkable
 class Strategy(Protocol):
-    """Both halves of a federated algorithm: the client's penalty and the server's aggregation."""
+    """A federated algorithm: what is sent, and how the server aggregates it.
+
+    The client's half, where there is one, is a protocol of its own: `Penalises`, `Freezes` or `Corrects`.
+    """
 
     @property
     def shares(self) -> Part:
         """Which part of a client's adapter is sent; the rest of it is the client's own."""
-        ...
-
-    def penalty(
-        self, adapter: Mapping[str, Tensor], anchor: Mapping[str, Tensor]
-    ) -> PerClient | None:
-        """Return what each client adds to its loss [C], or None.
-
-        `adapter` holds the clients' shared tensors [C, …], `anchor` what the server sent them.
-        """
         ...
 
     def init(self, shared: Mapping[str, Tensor]) -> ServerState:
@@ -42,6 +36,18 @@ class Strategy(Protocol):
 
     def aggregate(self, state: ServerState, updates: Iterable[Update]) -> ServerState:
         """Return the state after a round; updates stream through, one at a time."""
+        ...
+
+
+@runtime_checkable
+class Penalises(Protocol):
+    """A strategy whose clients add something to their loss."""
+
+    def penalty(self, adapter: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> PerClient:
+        """Return what each client adds to its loss [C].
+
+        `adapter` holds the clients' shared tensors [C, …], `anchor` what the server sent them.
+        """
         ...
 
 

@@ -16,7 +16,6 @@ from pomona.errors import PomonaError
 from pomona.federation.strategies.fedavg import weighted_mean
 from pomona.federation.strategies.protocol import ServerState
 from pomona.federation.update import Part, Update
-from pomona.shapes import PerClient
 
 _CONTROL = "control."
 
@@ -38,12 +37,6 @@ class Scaffold:
     def shares(self) -> Part:
         """The whole adapter."""
         return "adapter"
-
-    def penalty(
-        self, adapter: Mapping[str, Tensor], anchor: Mapping[str, Tensor]
-    ) -> PerClient | None:
-        """No penalty; gradients are corrected instead."""
-        return None
 
     def birth(self, shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return c_k = 0."""

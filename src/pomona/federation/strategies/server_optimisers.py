@@ -15,7 +15,6 @@ from pomona.errors import PomonaError
 from pomona.federation.strategies.fedavg import weighted_mean
 from pomona.federation.strategies.protocol import ServerState
 from pomona.federation.update import Part, Update
-from pomona.shapes import PerClient
 
 Second = Callable[[Tensor, Tensor], Tensor]
 """From the second moment v and Δ² to the new v, element by element."""
@@ -39,12 +38,6 @@ class FedAvgM:
     def shares(self) -> Part:
         """The whole adapter."""
         return "adapter"
-
-    def penalty(
-        self, adapter: Mapping[str, Tensor], anchor: Mapping[str, Tensor]
-    ) -> PerClient | None:
-        """No penalty."""
-        return None
 
     def init(self, shared: Mapping[str, Tensor]) -> ServerState:
         """Remember a velocity of zero for every tensor."""
@@ -89,12 +82,6 @@ class FedAdagrad:
         """The whole adapter."""
         return "adapter"
 
-    def penalty(
-        self, adapter: Mapping[str, Tensor], anchor: Mapping[str, Tensor]
-    ) -> PerClient | None:
-        """No penalty."""
-        return None
-
     def init(self, shared: Mapping[str, Tensor]) -> ServerState:
         """Remember a first moment of zero and a second of τ²."""
         return _newborn(shared, self.tau)
@@ -123,12 +110,6 @@ class FedAdam:
     def shares(self) -> Part:
         """The whole adapter."""
         return "adapter"
-
-    def penalty(
-        self, adapter: Mapping[str, Tensor], anchor: Mapping[str, Tensor]
-    ) -> PerClient | None:
-        """No penalty."""
-        return None
 
     def init(self, shared: Mapping[str, Tensor]) -> ServerState:
         """Remember a first moment of zero and a second of τ²."""
@@ -160,12 +141,6 @@ class FedYogi:
     def shares(self) -> Part:
         """The whole adapter."""
         return "adapter"
-
-    def penalty(
-        self, adapter: Mapping[str, Tensor], anchor: Mapping[str, Tensor]
-    ) -> PerClient | None:
-        """No penalty."""
-        return None
 
     def init(self, shared: Mapping[str, Tensor]) -> ServerState:
         """Remember a first moment of zero and a second of τ²."""
