@@ -23,14 +23,15 @@ from pomona.federation.partition import Dirichlet
 from pomona.federation.settings import FederateSettings
 from pomona.federation.strategies import FedAvg, FedProx, LocalOnly
 from pomona.models.peft_format import read_adapter
+from pomona.progress import Tell, unheard
 from pomona.recipe import dump
 
 UNTIMED = {"timings.jsonl"}
 
 
-def run(settings: FederateSettings, path: Path) -> dict:
+def run(settings: FederateSettings, path: Path, tell: Tell = unheard) -> dict:
     with RunDirectory.open(path, dump(settings), {"method": settings.name, "seed": 0}) as directory:
-        return federate(settings, directory)
+        return federate(settings, directory, tell=tell)
 
 
 def files_of(path: Path) -> dict[str, bytes]:

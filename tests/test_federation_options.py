@@ -6,15 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save, save_file
 from test_federate import Stopped, files_of, run
 
 from pomona.artifacts import run as run_module
+from pomona.artifacts.graft_format import read_graft
 from pomona.artifacts.personal import PersonalModel
 from pomona.errors import PomonaError
 from pomona.evaluate import on_rows
+from pomona.federation.early_stop import EarlyStop
 from pomona.federation.local import LocalTraining
 from pomona.federation.settings import Finish
+from pomona.federation.shared_expert import SharedGraft
 from pomona.federation.strategies import FedSALoRA, FFALoRA, FlexLoRA, FLoRA, LocalOnly, Scaffold
 from pomona.models.lora import LoRA
 from pomona.models.peft_format import read_adapter
@@ -218,6 +221,95 @@ def test_clients_of_a_smaller_rank_hold_and_send_no_more(settings, tmp_path, str
     assert found == pytest.approx(own_loss(tmp_path / "run", "pears"), abs=2e-5)
 
 
+def test_a_shared_expert_is_trained_together_and_comes_back(settings, tmp_path):
+    together = replace(settings, shared_expert=SharedGraft(rank=2, expert=1))
+    run(together, tmp_path / "run")
+    folder = tmp_path / "run/shared"
+    assert not (tmp_path / "run/clients/pears/adapter").exists()
+    _, tensors = read_graft(folder / "expert")
+    trained_ones = [v for n, v in tensors.items() if "lora_B" in n]
+    assert trained_ones
+    assert all(v.abs().max() > 0 for v in trained_ones)
+    _, lora = read_adapter(folder)
+    sent = {**lora, **{f"shared_expert.{n}": v for n, v in tensors.items() if v.ndim}}
+    lines = metrics(tmp_path / "run", "communication")
+    assert {n for line in lines for n in line["sent"].values()} == {len(save(sent))}
+    parts = {"adapter": "shared", "graft": "clients/pears/graft"}
+    found = measured_again(together, tmp_path / "run", "pears", tmp_path / "p.jsonl", **parts)
+    assert found == pytest.approx(own_loss(tmp_path / "run", "pears"), abs=1e-6)
+    new = replace(
+        together,
+        rounds=0,
+        warm_start=folder,
+        finish=Finish(1, LocalTraining(steps=1, batch=2), newcomers_only=False),
+    )
+    run(new, tmp_path / "new")
+    again = read_graft(tmp_path / "new/shared/expert")[1]
+    assert all(torch.equal(again[n], v) for n, v in tensors.items())
+    for other in (None, SharedGraft(rank=2, expert=0), SharedGraft(rank=2, expert=1, alpha=3.0)):
+        with pytest.raises(PomonaError, match="and one shared expert; give the same in"):
+            run(replace(new, shared_expert=other), tmp_path / f"other {other and other.alpha}")
+
+
+def test_a_damaged_shared_expert_is_told(settings, tmp_path):
+    together = replace(settings, shared_expert=SharedGraft(rank=2))
+    run(together, tmp_path / "run")
+    folder = tmp_path / "run/shared/expert"
+    path = folder / "graft.safetensors"
+    tensors = load_file(path)
+    name = next(n for n in tensors if n.endswith(".expert"))
+    for broken in (
+        {n: v for n, v in tensors.items() if n != name},
+        {**tensors, name: torch.tensor(9)},
+    ):
+        save_file(broken, path)
+        with pytest.raises(PomonaError, match=f"{folder} does not belong to"):
+            measured_again(
+                together, tmp_path / "run", "pears", tmp_path / "p.jsonl", adapter="shared"
+            )
+
+
+STILL = LocalTraining(steps=1, batch=2, learning_rate=0.0, final_learning_rate=0.0)
+
+
+def stopping_early(settings):
+    """A learning rate of zero never brings a new best: two measurements after the first are enough."""
+    return replace(settings, rounds=9, local=STILL, early_stop=EarlyStop(2, share=0.4))
+
+
+@pytest.mark.parametrize("finish", [None, Finish(2, STILL, newcomers_only=False)])
+def test_rounds_end_when_held_back_rows_are_not_answered_better(settings, tmp_path, finish):
+    told: list[str] = []
+    run(replace(stopping_early(settings), finish=finish), tmp_path / "run", tell=told.append)
+    finishing = [10, 11] if finish else []
+    assert sorted({round_ for round_, _ in trained(tmp_path / "run")}) == [1, 2, 3, *finishing]
+    held_back = metrics(tmp_path / "run", "held back")
+    assert {(line["round"], line["client"]) for line in held_back} == {
+        (round_, name) for round_ in (1, 2, 3) for name in ("apples", "pears", "plums")
+    }
+    assert sum("round 3: stopped early" in line for line in told) == 1
+    last = [line["round"] for line in metrics(tmp_path / "run", "personal")]
+    assert max(last) == (11 if finish else 3)
+    assert last.count(max(last)) == 3, "the last round is measured once for every client"
+
+
+def test_an_early_stop_survives_an_interruption(settings, tmp_path, monkeypatch):
+    stopping = stopping_early(settings)
+    run(stopping, tmp_path / "whole")
+
+    def failing(*_args, **_kwargs):
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.RunDirectory, "write_answers", failing)
+        with pytest.raises(Stopped):
+            run(stopping, tmp_path / "cut")
+    run(stopping, tmp_path / "cut")
+    whole, cut = files_of(tmp_path / "whole"), files_of(tmp_path / "cut")
+    assert whole.keys() == cut.keys()
+    assert [name for name in whole if whole[name] != cut[name]] == []
+
+
 @pytest.mark.parametrize("writes", [3, 7, 12, 17])
 def test_memory_and_kept_optimisers_survive_an_interruption(
     settings, tmp_path, monkeypatch, writes
@@ -263,6 +355,10 @@ def test_memory_and_kept_optimisers_survive_an_interruption(
         ({"joins": {"pears": 9}}, 'client "pears" joins in round 9, but the rounds are 1 to 3'),
         ({"ranks": {"pears": 1}}, "ranks: FedAvg needs the same rank of everybody"),
         ({"ranks": {"pears": 9}, "strategy": FLoRA()}, 'client "pears" has rank 9, which is not'),
+        (
+            {"shared_expert": SharedGraft(), "strategy": FLoRA()},
+            "a shared expert has one rank and no residual",
+        ),
         ({"dropout": 1.0}, "dropout 1.0 is not a share below 1"),
         ({"pooled": True, "newcomers": ("pears",)}, "leave out newcomers and joins"),
         ({"adapter": LoRA(layers=(7,))}, "LoRA layer 7 has none of the targets; layers 0 to 1 do"),

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import tomllib
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -17,11 +18,11 @@ from pomona.federation.clients import ClientData
 from pomona.federation.graft import Graft
 from pomona.federation.local import LocalTraining
 from pomona.federation.measure import Evaluation
-from pomona.federation.settings import FederateSettings
+from pomona.federation.settings import FederateSettings, Finish
 from pomona.federation.strategies import LocalOnly
 from pomona.files import digest_of
 from pomona.models.lora import LoRA
-from pomona.recipe import dump
+from pomona.recipe import build, dump
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +121,36 @@ def test_the_page_is_whole_and_asks_nobody(runs, tmp_path):
     assert "<co>" not in page
     for line in compare(load_runs(runs), "loss"):
         assert f"{line.mean.mean:.3f}" in page
+
+
+def test_new_clients_have_everything_again(runs, tmp_path):
+    """Beside a method that trained them all along, every figure recomputed from the answers."""
+    known = load_runs(runs)[0]
+    recipe = tomllib.loads(known.recipe)
+    settings = build(FederateSettings, recipe, tmp_path, "the recipe")
+    stage = Finish(1, LocalTraining(steps=1, batch=2))
+    new = replace(settings, name="new", newcomers=("plums",), finish=stage)
+    about = {"command": ["pomona"], "method": "new", "seed": 0}
+    with RunDirectory.open(tmp_path / "new", dump(new), about) as run:
+        federate(new, run)
+    paths = [tmp_path / "new", *runs]
+    found = [run.of(["plums"]) for run in load_runs(paths)]
+    assert [run.newcomers for run in load_runs(paths)] == [["plums"], [], [], []]
+    for own, whole in zip(found, load_runs(paths), strict=True):
+        assert list(own.results["base"]["clients"]) == ["plums"]
+        assert own.results["personal"]["mean"] == whole.results["personal"]["clients"]["plums"]
+        assert {a["client"] for a in own.answers} == {"plums"}
+        assert {m["client"] for m in own.metrics} == {"plums"}
+    write_report(paths, tmp_path / "report.html")
+    before, heading, page = (
+        (tmp_path / "report.html").read_text("utf-8").partition("New clients</h2>")
+    )
+    assert heading
+    assert before.count("<table") > page.count("<table") > 3
+    for line in compare(found, "loss"):
+        assert f"{line.mean.mean:.3f}" in page
+    write_report(runs, tmp_path / "none.html")
+    assert "New clients" not in (tmp_path / "none.html").read_text("utf-8")
 
 
 def test_the_same_runs_give_the_same_page(runs, tmp_path):

@@ -2,13 +2,13 @@
 
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pomona.artifacts.inputs import Inputs
-from pomona.artifacts.results import FORGETTING, SPEED, SpeedFile, read_results
+from pomona.artifacts.results import FORGETTING, MODELS, SPEED, SpeedFile, of_model, read_results
 from pomona.artifacts.run import read_about
 from pomona.errors import PomonaError
 from pomona.evaluation.exact import exact_match
@@ -39,6 +39,36 @@ class FinishedRun:
     def served(self) -> str:
         """The model a client ends up with: its personal one or, without one, the shared one."""
         return "personal" if self.results["personal"] is not None else "shared"
+
+    @property
+    def newcomers(self) -> list[str]:
+        """The clients that took part in no round: everybody where there was none."""
+        recipe = tomllib.loads(self.recipe)
+        everybody = list(self.results["base"]["clients"])
+        return everybody if recipe.get("rounds") == 0 else list(recipe.get("newcomers", ()))
+
+    def of(self, clients: Collection[str]) -> "FinishedRun":
+        """Return the run as if it had measured these clients alone; the load of experts is left out."""
+
+        def own(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+            return [line for line in lines if line.get("client", "") in {*clients, None}]
+
+        def kept(by_client: Mapping[str, Any] | None) -> dict[str, Any] | None:
+            found = {n: v for n, v in (by_client or {}).items() if n in clients}
+            return found or None
+
+        answers, results = own(self.answers), dict(self.results)
+        results |= {
+            model: of_model([a for a in answers if a["model"] == model]) for model in MODELS
+        }
+        results |= {what: kept(results[what]) for what in ("selection", "gate_openness")}
+        return replace(
+            self,
+            answers=answers,
+            results={**results, "routing": {}},
+            metrics=own(self.metrics),
+            forgetting=own(self.forgetting),
+        )
 
 
 def load_runs(paths: Sequence[Path]) -> list[FinishedRun]:

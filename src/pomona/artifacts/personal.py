@@ -4,17 +4,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from pomona.artifacts.graft_format import read_graft
 from pomona.artifacts.origin import check_base
+from pomona.artifacts.shared_format import EXPERT, AdapterFolder, read_shared
 from pomona.errors import PomonaError
 from pomona.federation.cohort import FrozenBase
-from pomona.federation.graft import check_count, selected_experts
+from pomona.federation.graft import Graft, check_count, init_graft, selected_experts
+from pomona.federation.shared_expert import SharedExpert
 from pomona.federation.update import ClientState
 from pomona.models.experts import ExpertSite, find_expert_sites, freeze
 from pomona.models.loading import load_model
-from pomona.models.lora import LoRA
 from pomona.models.peft_format import read_adapter
 
 
@@ -44,20 +46,29 @@ def open_personal(personal: PersonalModel) -> tuple[FrozenBase, ClientState]:
     source, adapter, graft = personal.source, personal.adapter, personal.graft
     model = load_model(source, "float32")
     freeze(model)
-    lora, shared = (LoRA(), {}) if adapter is None else read_adapter(adapter)
+    read = AdapterFolder() if adapter is None else read_shared(adapter)
     settings, private = (None, {}) if graft is None else read_graft(graft)
-    sites = () if graft is None else tuple(find_expert_sites(model))
     own_lora, own = (None, {}) if personal.personal is None else read_adapter(personal.personal)
-    base = FrozenBase(model, lora, settings, sites, own_lora)
+    sites = tuple(find_expert_sites(model)) if settings or read.expert else ()
+    if adapter is not None and read.expert is not None:
+        _check_graft(read.expert, read.grown, sites, adapter / EXPERT, source)
+    if graft is not None and settings is not None:
+        _check_graft(settings, private, sites, graft, source)
+    base = FrozenBase(model, read.lora, settings, sites, own_lora, _together(read, sites))
     if adapter is not None:
-        _check_fits(shared, base.init_adapter(0), adapter, source)
-    if graft is not None:
-        _check_fits(private, _any_graft(base, graft, source), graft, source)
-        _check_experts(private, sites, graft, source)
+        _check_fits(read.adapter, base.init_adapter(0), adapter, source)
     if personal.personal is not None:
         _check_fits(own, base.init_personal(0, ""), personal.personal, source)
     check_base(personal.parts, base, source, private)
-    return base, ClientState(shared, private, own)
+    if adapter is not None and read.expert is not None:
+        check_base([adapter / EXPERT], base, source, read.grown)
+    return base, ClientState(read.adapter, private, own)
+
+
+def _together(read: AdapterFolder, sites: Sequence[ExpertSite]) -> SharedExpert | None:
+    if read.expert is None:
+        return None
+    return SharedExpert(read.expert, tuple(map(tuple, selected_experts(sites, read.grown))))
 
 
 def _check_fits(
@@ -73,20 +84,21 @@ def _check_fits(
             )
 
 
-def _any_graft(base: FrozenBase, folder: Path, source: str) -> dict[str, Tensor]:
-    """Return a newborn graft with the folder's settings: the names and shapes that fit the base."""
-    assert base.graft is not None
+def _check_graft(
+    graft: Graft,
+    tensors: Mapping[str, Tensor],
+    sites: Sequence[ExpertSite],
+    folder: Path,
+    source: str,
+) -> None:
+    """Compare with a newborn of the folder's settings, and the experts it grew from with the sites."""
     try:
-        check_count(base.sites, base.graft)
+        check_count(sites, graft)
     except PomonaError as error:
         raise PomonaError(f"{folder} does not belong to {source}: {error}") from error
-    return base.init_graft(0, "", [[0] * base.graft.count] * len(base.sites))
-
-
-def _check_experts(
-    graft: Mapping[str, Tensor], sites: Sequence[ExpertSite], folder: Path, source: str
-) -> None:
-    for site, chosen in zip(sites, selected_experts(sites, graft), strict=True):
+    newborn = init_graft(sites, graft, [range(graft.count)] * len(sites), torch.Generator())
+    _check_fits(tensors, newborn, folder, source)
+    for site, chosen in zip(sites, selected_experts(sites, tensors), strict=True):
         wrong = next((e for e in chosen if not 0 <= e < site.num_experts), None)
         if wrong is not None:
             raise PomonaError(

@@ -7,40 +7,37 @@ from pathlib import Path
 from torch import Tensor
 
 from pomona.artifacts.graft_format import write_graft
-from pomona.artifacts.origin import ORIGIN, Origin
-from pomona.federation.graft import Graft
-from pomona.models.lora import LoRA
+from pomona.artifacts.origin import ORIGIN, Origin, origin_of_graft
+from pomona.artifacts.shared_format import write_shared
+from pomona.federation.cohort import FrozenBase
+from pomona.federation.update import ClientState
 from pomona.models.peft_format import write_adapter
 
 
-def publish_shared(run: Path, lora: LoRA, tensors: Mapping[str, Tensor], origin: Origin) -> None:
+def publish_shared(
+    run: Path, base: FrozenBase, adapter: Mapping[str, Tensor], origin: Origin
+) -> None:
     """Write the shared part as a PEFT adapter folder."""
-    _adapter(run / "shared", lora, tensors, origin)
+    folder = _cleared(run / "shared")
+    write_shared(folder, base, adapter, origin)
 
 
-def publish_adapter(
-    run: Path, client: str, lora: LoRA, tensors: Mapping[str, Tensor], origin: Origin
+def publish_client(
+    run: Path, client: str, base: FrozenBase, own: ClientState, origin: Origin
 ) -> None:
-    """Write the private adapter of one client."""
-    _adapter(run / "clients" / client / "adapter", lora, tensors, origin)
+    """Write what one client has of its own, a folder for each part: adapter, personal, graft."""
+    folder = run / "clients" / client
+    if own.adapter:
+        write_shared(_cleared(folder / "adapter"), base, own.adapter, origin)
+    if base.personal is not None:
+        beside = {ORIGIN: origin.to_json()}
+        personal = _cleared(folder / "personal")
+        write_adapter(personal, base.personal, own.personal, origin.model, beside)
+    if base.graft is not None:
+        grown = origin_of_graft(origin, base, own.graft)
+        write_graft(_cleared(folder / "graft"), base.graft, own.graft, grown)
 
 
-def publish_personal(
-    run: Path, client: str, lora: LoRA, tensors: Mapping[str, Tensor], origin: Origin
-) -> None:
-    """Write the private LoRA that one client has beside the adapter."""
-    _adapter(run / "clients" / client / "personal", lora, tensors, origin)
-
-
-def publish_graft(
-    run: Path, client: str, graft: Graft, tensors: Mapping[str, Tensor], origin: Origin
-) -> None:
-    """Write the private expert of one client."""
-    folder = run / "clients" / client / "graft"
+def _cleared(folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
-    write_graft(folder, graft, tensors, origin)
-
-
-def _adapter(folder: Path, lora: LoRA, tensors: Mapping[str, Tensor], origin: Origin) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    write_adapter(folder, lora, tensors, origin.model, {ORIGIN: origin.to_json()})
+    return folder

@@ -113,7 +113,7 @@ def assemble_results(
     """
     grafted = {name: own.graft for name, own in private.items() if own.graft}
     return {
-        **{model: _of_model([a for a in answers if a["model"] == model]) for model in MODELS},
+        **{model: of_model([a for a in answers if a["model"] == model]) for model in MODELS},
         "selection": {n: _selection(sites, graft) for n, graft in grafted.items()} or None,
         "gate_openness": {line["client"]: line["openness"] for line in routing if line["openness"]}
         or None,
@@ -126,7 +126,8 @@ def assemble_results(
     }
 
 
-def _of_model(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def of_model(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Return every client's figures and their mean, of one model's answers; None without any."""
     if not answers:
         return None
     names = list(dict.fromkeys(answer["client"] for answer in answers))

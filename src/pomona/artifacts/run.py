@@ -176,6 +176,11 @@ class RunDirectory:
                 stale.unlink()
         return Snapshot(round_, server, files)
 
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return what was measured so far."""
+        path = self.path / "metrics.jsonl"
+        return [from_json(line) for line in path.read_bytes().splitlines()]
+
     def add_metrics(self, metrics: Sequence[Mapping[str, Any]]) -> None:
         """Append what is measured after the last round; until the run is finished it is made anew."""
         self._append("metrics.jsonl", metrics)

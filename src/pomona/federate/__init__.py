@@ -13,7 +13,7 @@ from pomona.data.duplicates import told
 from pomona.federate.birth import begin
 from pomona.federate.finish import finish
 from pomona.federate.prepare import prepare
-from pomona.federate.rounds import finishing_round, train_round
+from pomona.federate.rounds import finishing_round, remaining, train_round
 from pomona.federation.holdings import holdings_of
 from pomona.federation.settings import FederateSettings
 from pomona.progress import Progress, Tell, silent, unheard
@@ -43,7 +43,7 @@ def federate(
     write_holdings(run.path, holdings)
     snapshot = run.snapshot() or begin(federation)
     last = settings.last_round
-    for round_ in range(snapshot.round + 1, last + 1):
+    for round_ in remaining(federation, snapshot):
         progress("rounds", round_ - 1, last)
         step = train_round if round_ <= settings.rounds else finishing_round
         snapshot = step(federation, snapshot, round_)

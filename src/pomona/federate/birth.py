@@ -1,18 +1,19 @@
 """Before the first round: every client chooses its experts and gives birth to what is private."""
 
+from collections.abc import Mapping
+
+import torch
 from torch import Tensor
 
 from pomona.artifacts.run import Snapshot
+from pomona.artifacts.shared_format import read_shared
 from pomona.data.examples import collate
 from pomona.errors import PomonaError
 from pomona.federate.evaluate import loss_line, measured
 from pomona.federate.prepare import Federation
-from pomona.federation.graft import choose_experts
-from pomona.federation.strategies import (
-    Corrects,
-)
+from pomona.federation.graft import Graft, choose_experts
+from pomona.federation.strategies import Corrects
 from pomona.federation.update import ClientState, split
-from pomona.models.peft_format import read_adapter
 from pomona.seeds import seed_of
 
 
@@ -44,16 +45,34 @@ def _first_adapter(federation: Federation) -> dict[str, Tensor]:
     newborn = federation.base.init_adapter(settings.seed)
     if settings.warm_start is None:
         return newborn
-    lora, tensors = read_adapter(settings.warm_start)
+    read = read_shared(settings.warm_start)
+    lora, tensors = read.lora, read.adapter
     shapes = {name: value.shape for name, value in tensors.items()}
-    if lora.scaling != settings.adapter.scaling or shapes != {
-        name: value.shape for name, value in newborn.items()
-    }:
+    expected = {name: value.shape for name, value in newborn.items()}
+    same = lora.scaling == settings.adapter.scaling and shapes == expected
+    if not (same and _same_expert(federation, read.expert, read.grown)):
+        expert = "one" if read.expert else "no"
         raise PomonaError(
             f"warm_start {settings.warm_start} is no adapter as the recipe has it: it has rank {lora.rank}, "
-            f"alpha {lora.alpha:g} and targets {', '.join(lora.targets)}; give the same in [adapter]"
+            f"alpha {lora.alpha:g}, targets {', '.join(lora.targets)} and {expert} shared expert; give "
+            "the same in [adapter] and [shared_expert]"
         )
     return {name: tensors[name].float() for name in newborn}
+
+
+def _same_expert(
+    federation: Federation, graft: Graft | None, tensors: Mapping[str, Tensor]
+) -> bool:
+    """Whether a shared expert that was read computes what the recipe's does, from the same experts."""
+    expert = federation.base.shared_expert
+    if graft is None or expert is None:
+        return graft is expert
+    ours = expert.graft
+    told = [
+        (g.form, g.gate if not g.trains_gate else "", g.weights, g.scaling) for g in (graft, ours)
+    ]
+    indices = expert.indices(federation.base.sites)
+    return told[0] == told[1] and all(torch.equal(tensors[n], indices[n]) for n in indices)
 
 
 def _select(federation: Federation, name: str) -> list[list[int]]:

@@ -44,6 +44,14 @@ def models_of(
     return models
 
 
+def served(
+    federation: Federation, client: str, shared: Mapping[str, Tensor], private: ClientState
+) -> ClientState:
+    """Return the model that serves a client: its own, or the shared one where it has none."""
+    models = models_of(federation, client, shared, private)
+    return models.get("personal") or models["shared"]
+
+
 def loss_line(round_: int, kind: str, name: str, found: Measured) -> dict[str, Any]:
     """Return the metrics of one model on a client's test rows; raises `PomonaError` if not finite."""
     summary = found.summary()

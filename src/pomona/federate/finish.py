@@ -1,18 +1,13 @@
 """What is left when the rounds are over: answers, routing, cost, and the folders that a user keeps."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import Tensor
 
-from pomona.artifacts.origin import origin_of, origin_of_graft
-from pomona.artifacts.publish import (
-    publish_adapter,
-    publish_graft,
-    publish_personal,
-    publish_shared,
-)
+from pomona.artifacts.origin import origin_of
+from pomona.artifacts.publish import publish_client, publish_shared
 from pomona.artifacts.results import assemble_results
 from pomona.artifacts.run import Snapshot
 from pomona.federate.evaluate import loss_line, measured, models_of
@@ -85,16 +80,12 @@ def _publish(
     settings, run, base = federation.settings, federation.run.path, federation.base
     origin = origin_of(base, settings.model, settings.template, settings.max_length)
     if settings.strategy.shares == "adapter":
-        publish_shared(run, settings.adapter, shared, origin)
+        publish_shared(run, base, shared, origin)
     for name, own in private.items():
+        adapter: Mapping[str, Tensor] = {}
         if own.adapter or name in settings.ranks:
             adapter = federation.state(name, shared, own).adapter
-            publish_adapter(run, name, settings.adapter, adapter, origin)
-        if settings.personal is not None:
-            publish_personal(run, name, settings.personal, own.personal, origin)
-        if settings.graft is not None:
-            grown = origin_of_graft(origin, base, own.graft)
-            publish_graft(run, name, settings.graft, own.graft, grown)
+        publish_client(run, name, base, replace(own, adapter=adapter), origin)
 
 
 def _answer_lines(

@@ -13,7 +13,6 @@ from pomona.errors import PomonaError
 from pomona.federation.clients import ClientRows
 from pomona.federation.cohort import FrozenBase
 from pomona.federation.forgetting import held_out_windows
-from pomona.federation.graft import Graft
 from pomona.federation.holdings import Holdings
 from pomona.federation.settings import FederateSettings
 from pomona.federation.update import ClientState, join
@@ -37,6 +36,7 @@ class Federation:
     pad_id: int
     rows: Mapping[str, ClientRows]
     train: Mapping[str, Sequence[Example]]
+    held_back: Mapping[str, Sequence[Example]]
     test: Mapping[str, Sequence[Example]]
     held_out: Mapping[str, Tokens]
     progress: Progress
@@ -77,13 +77,17 @@ def prepare(
             f"{context_length(model)} tokens; make max_length smaller"
         )
     freeze(model)
-    sites = _sites(model, settings.graft)
-    base = FrozenBase(model, settings.adapter, settings.graft, sites, settings.personal)
+    together = settings.shared_expert
+    sites = _sites(model, needed=settings.graft is not None or together is not None)
+    expert = together.on(model, sites) if together is not None else None
+    base = FrozenBase(model, settings.adapter, settings.graft, sites, settings.personal, expert)
     limit = settings.evaluation.rows or None
 
     def encoded(which: Sequence[Any]) -> list[Example]:
         return [encode(row, settings.template, tokenizer, settings.max_length) for row in which]
 
+    train = {name: encoded(client.train) for name, client in rows.items()}
+    train, held_back = _held_back(settings, train)
     return Federation(
         settings,
         run,
@@ -91,13 +95,25 @@ def prepare(
         tokenizer,
         padding_id(tokenizer),
         rows,
-        _trainers(settings, {name: encoded(client.train) for name, client in rows.items()}),
+        _trainers(settings, train),
+        _trainers(settings, held_back),
         {name: encoded(client.test[:limit]) for name, client in rows.items()},
         _held_out(settings, tokenizer),
         progress,
         tell,
         holdings,
     )
+
+
+def _held_back(
+    settings: FederateSettings, train: Mapping[str, Sequence[Example]]
+) -> tuple[Mapping[str, Sequence[Example]], Mapping[str, Sequence[Example]]]:
+    """Return every client's rows to train on and those that decide when to stop."""
+    stop = settings.early_stop
+    if stop is None:
+        return train, dict.fromkeys(train, ())
+    dealt = {name: stop.hold_back(settings.seed, name, own) for name, own in train.items()}
+    return {n: own for n, (own, _) in dealt.items()}, {n: kept for n, (_, kept) in dealt.items()}
 
 
 def _trainers(
@@ -119,6 +135,6 @@ def _held_out(
     return held_out_windows(source, tokenizer, settings.max_length, limit)
 
 
-def _sites(model: Any, graft: Graft | None) -> tuple[ExpertSite, ...]:
+def _sites(model: Any, needed: bool) -> tuple[ExpertSite, ...]:
     """A graft needs experts to grow from; without one, a dense model federates as well."""
-    return tuple(find_expert_sites(model)) if graft is not None else expert_sites_if_any(model)
+    return tuple(find_expert_sites(model)) if needed else expert_sites_if_any(model)

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pomona.federation.graft import Graft, attach_graft, init_graft
+from pomona.federation.shared_expert import SharedExpert, lora_part
 from pomona.federation.update import ClientState, stack
 from pomona.models.attachment import Attachment, join_attachments
 from pomona.models.experts import ExpertSite
@@ -23,10 +24,15 @@ class FrozenBase:
     graft: Graft | None = None
     sites: tuple[ExpertSite, ...] = field(default=(), repr=False)
     personal: LoRA | None = None
+    shared_expert: SharedExpert | None = None
 
     def init_adapter(self, seed: int) -> dict[str, Tensor]:
         """Return a fresh adapter, the same for everybody who gives the same seed."""
-        return init_lora(self.model, self.lora, torch_generator(seed, "adapter"))
+        adapter = init_lora(self.model, self.lora, torch_generator(seed, "adapter"))
+        if self.shared_expert is None:
+            return adapter
+        generator = torch_generator(seed, "shared expert")
+        return adapter | self.shared_expert.init(self.sites, generator)
 
     def init_graft(
         self, seed: int, client: str, experts: Sequence[Sequence[int]]
@@ -47,7 +53,9 @@ class FrozenBase:
         """Hook a cohort's stacked state [C, …] onto the model; any part may be empty."""
         parts: list[Attachment] = []
         if state.adapter:
-            parts.append(attach_lora(self.model, self.lora, state.adapter))
+            parts.append(attach_lora(self.model, self.lora, lora_part(state.adapter)))
+        if state.adapter and self.shared_expert is not None:
+            parts.append(self.shared_expert.attach(self.sites, state.adapter))
         if state.personal and self.personal is not None:
             parts.append(attach_lora(self.model, self.personal, state.personal))
         if state.graft and self.graft is not None:

@@ -25,8 +25,8 @@ def cost_of(
     `routing` are the base's lines of the final evaluation: `counts` [L, E] of `tokens` tokens say how
     many experts a token has. `bytes`: all parameters of the model as they lie in memory, and LoRA of
     the same rank (float32) on the shared projections and every expert: what aggregating everything
-    would send. `flops_per_token`: of the base's products, and what adapter (with a private LoRA) and
-    graft add.
+    would send. `flops_per_token`: of the base's products, and what adapter (with a shared expert and
+    a private LoRA) and graft add.
     """
     active_L = _active(routing)
     mean = sum(active_L) / len(active_L) if active_L else 0.0
@@ -35,6 +35,8 @@ def cost_of(
         for s in states
     ]
     adapter, graft = max(added, key=sum)
+    if base.shared_expert is not None:
+        adapter += _resident_flops(base.sites, base.shared_expert.indices(base.sites))
     return {
         "bytes": {
             "all_parameters": sum(p.nbytes for p in base.model.parameters()),
@@ -103,12 +105,14 @@ def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _graft_flops(sites: Sequence[ExpertSite], tensors: Mapping[str, Tensor]) -> float:
     """Return what a graft adds: the resident experts it goes through, its low rank and its gates."""
-    if not tensors:
-        return 0
-    resident = sum(
+    return _resident_flops(sites, tensors) + _products(tensors)
+
+
+def _resident_flops(sites: Sequence[ExpertSite], names: Iterable[str]) -> float:
+    """Return what the experts cost that grafts with these tensors go through."""
+    return sum(
         6 * site.hidden_size * site.width
         for site in sites
-        for name in tensors
+        for name in names
         if name.startswith(f"{site.name}.") and name.endswith(".expert")
     )
-    return resident + _products(tensors)

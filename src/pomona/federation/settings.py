@@ -8,10 +8,12 @@ from typing import Literal
 from pomona.data.templates import Alpaca, Template
 from pomona.errors import PomonaError
 from pomona.federation.clients import ClientData
+from pomona.federation.early_stop import EarlyStop
 from pomona.federation.graft import Graft
 from pomona.federation.local import LocalTraining
 from pomona.federation.measure import Evaluation
 from pomona.federation.privacy import Privacy
+from pomona.federation.shared_expert import SharedGraft
 from pomona.federation.strategies import FedAvg, FlexLoRA, FLoRA, LocalOnly, Strategy
 from pomona.models.lora import LoRA
 
@@ -46,7 +48,8 @@ class FederateSettings:
     graft and train when it is over (`finish`). `personal` is a private LoRA beside the shared adapter;
     `pooled` trains one model on everybody's rows, the ceiling. `warm_start` is a PEFT folder that the
     adapter begins as; with it `rounds` may be 0, when everybody is a newcomer to what was shared. `ranks` gives
-    some clients an adapter of a smaller rank.
+    some clients an adapter of a smaller rank. `shared_expert` adds to the adapter one more expert per layer,
+    which everybody trains together.
     """
 
     model: str = field(metadata={"path": True})
@@ -68,8 +71,10 @@ class FederateSettings:
     warm_start: Path | None = None
     personal: LoRA | None = None
     graft: Graft | None = None
+    shared_expert: SharedGraft | None = None
     strategy: Strategy = field(default_factory=FedAvg)
     local: LocalTraining = field(default_factory=LocalTraining)
+    early_stop: EarlyStop | None = None
     finish: Finish | None = None
     evaluation: Evaluation = field(default_factory=Evaluation)
     privacy: Privacy | None = None
@@ -95,6 +100,10 @@ class FederateSettings:
             raise PomonaError(
                 f"ranks: {type(self.strategy).__name__} needs the same rank of everybody; leave ranks out, "
                 "or take flexlora, flora or local-only"
+            )
+        if self.shared_expert is not None and (self.ranks or isinstance(self.strategy, FLoRA)):
+            raise PomonaError(
+                "a shared expert has one rank and no residual; leave shared_expert out, or ranks and flora"
             )
         for name, rank in self.ranks.items():
             if not 1 <= rank <= self.adapter.rank:

@@ -16,11 +16,10 @@ Rounds = Mapping[int, NDArray[np.float64]]
 
 def experts(runs: Sequence[FinishedRun]) -> str:
     """Return load, entropy and drift of routing of every method, then grafts and gates."""
-    groups = {m: group for m, group in methods_of(runs).items() if group[0].results["routing"]}
-    if not groups:
-        return ""
-    drift = {m: found for m, group in groups.items() if (found := drift_by_round(group))}
-    parts = [heading("experts"), _use(groups, drift)]
+    methods = methods_of(runs)
+    groups = {m: group for m, group in methods.items() if group[0].results["routing"]}
+    drift = {m: found for m, group in methods.items() if (found := drift_by_round(group))}
+    parts = [_use(groups, drift)] if groups else []
     if drift:
         plot = curves.layers_by_round(drift, "drift of expert load")
         told = (
@@ -29,11 +28,10 @@ def experts(runs: Sequence[FinishedRun]) -> str:
             "Thick: their mean. From metrics.jsonl."
         )
         parts.append(figure(plot, told))
-    first = next(iter(groups.values()))[0]
-    parts.append(_load(first, "base"))
+    parts += [_load(group[0], "base") for group in list(groups.values())[:1]]
     parts += [_load(group[0], group[0].served) for group in groups.values()]
-    parts += [_gates(group) for group in groups.values() if group[0].results["gate_openness"]]
-    return "".join(parts)
+    parts += [_gates(group) for group in methods.values() if group[0].results["gate_openness"]]
+    return "".join([heading("experts"), *parts]) if parts else ""
 
 
 def _use(groups: Mapping[str, Sequence[FinishedRun]], drift: Mapping[str, Rounds]) -> str:

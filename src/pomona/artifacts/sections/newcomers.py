@@ -1,0 +1,33 @@
+"""Everything again for the clients that took part in no round and grafted when it was over."""
+
+from collections.abc import Sequence
+
+from pomona.artifacts.finished import FinishedRun
+from pomona.artifacts.page import heading, note
+from pomona.artifacts.sections.answers import answers
+from pomona.artifacts.sections.convergence import convergence
+from pomona.artifacts.sections.experts import experts
+from pomona.artifacts.sections.forgetting import forgetting
+
+
+def newcomers(runs: Sequence[FinishedRun], baseline: str | None) -> str:
+    """Return the sections of the clients that are new in any of the runs, every method on them."""
+    names = dict.fromkeys(name for run in runs for name in run.newcomers)
+    everybody = set(runs[0].results["base"]["clients"])
+    if not names or set(names) == everybody:  # then the page is about them already
+        return ""
+    own = [run.of(names) for run in runs]
+    told = (
+        f"{', '.join(names)}: in no round of the runs that name them as newcomers, where they trained what is "
+        "private on what the others had shared. The same figures as above, of these clients alone."
+    )
+    return "".join(
+        (
+            heading("new clients"),
+            note(told),
+            answers(own, baseline),
+            convergence(own),
+            experts(own),
+            forgetting(own, baseline),
+        )
+    )
