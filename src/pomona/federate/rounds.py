@@ -9,7 +9,8 @@ from torch import Tensor
 from pomona.artifacts.run import Snapshot
 from pomona.federate.evaluate import evaluate
 from pomona.federate.prepare import Federation
-from pomona.federation.local import Trained, train_cohort
+from pomona.federation.dp_sgd import row_epsilon, steps_of
+from pomona.federation.local import LocalTraining, Trained, train_cohort
 from pomona.federation.measure import communication
 from pomona.federation.privacy import epsilon, noise_key, protect
 from pomona.federation.sampling import participants, survivors
@@ -47,6 +48,7 @@ def train_round(federation: Federation, snapshot: Snapshot, round_: int) -> Snap
     sent = _sent(strategy, snapshot.server)
     messages = {name: federation.sends(name, sent) for name in chosen}
     metrics += [communication(round_, messages, updates), *spent]
+    metrics += _spent_on_rows(federation, settings.local, private, round_)
     return _committed(federation, snapshot, round_, server, private, metrics, began)
 
 
@@ -62,6 +64,7 @@ def finishing_round(federation: Federation, snapshot: Snapshot, round_: int) -> 
     for name, trained in _train(federation, snapshot, names, round_, strategy, finish):
         private[name] = split(trained.state, strategy.shares, frozen_part(strategy))[1]
         metrics.append(_training_line(round_, name, trained))
+    metrics += _spent_on_rows(federation, finish.training, private, round_)
     return _committed(federation, snapshot, round_, snapshot.server, private, metrics, began)
 
 
@@ -154,3 +157,33 @@ def _protect(
         "secret": secret,
     }
     return protect(privacy, snapshot.server.shared, updates, key, round_), [line]
+
+
+def _spent_on_rows(
+    federation: Federation,
+    training: LocalTraining,
+    trained: Mapping[str, ClientState],
+    round_: int,
+) -> list[dict[str, Any]]:
+    """Tell and return the ε that every client's steps on its rows have cost each of them so far."""
+    dp = training.dp_sgd
+    if dp is None or not trained:
+        return []
+    _, secret = noise_key(federation.settings.seed)
+    spent = {
+        name: row_epsilon(dp, len(federation.train[name]), training.batch, steps_of(private.memory))
+        for name, private in trained.items()
+    }
+    told = ", ".join(f"{epsilon:.4g} ({name})" for name, epsilon in spent.items())
+    federation.tell(f"round {round_}: ε of a row = {told} at δ = {dp.delta:g}")
+    return [
+        {
+            "round": round_,
+            "model": "dp-sgd",
+            "client": name,
+            "epsilon": epsilon,
+            "delta": dp.delta,
+            "secret": secret,
+        }
+        for name, epsilon in spent.items()
+    ]

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from pomona.errors import PomonaError
 from pomona.federation.cohort import FrozenBase
-from pomona.federation.sampling import batches
+from pomona.federation.dp_sgd import DPSGD, RowNoise, steps_of, with_steps
+from pomona.federation.privacy import noise_key
+from pomona.federation.sampling import batches, samples
 from pomona.federation.stage import Stage, Task, steps_taken, without_optimiser
 from pomona.federation.strategies.protocol import Corrects, Strategy
 from pomona.federation.update import ClientState
@@ -28,6 +30,9 @@ class LocalTraining:
     learning rate falls along a cosine across rounds from `learning_rate` to `final_learning_rate` and is
     constant within one; AdamW starts anew every round (FLEx, arXiv 2506.00965, training script) unless
     `keep_optimiser`, when every client keeps its moments from round to round.
+
+    With `dp_sgd` the gradient of every row is clipped and their sum is noised: every row counts the same,
+    however long its answer, each step draws its rows anew, and the optimiser's own `clip` is off.
     """
 
     steps: int = 5
@@ -37,6 +42,7 @@ class LocalTraining:
     final_learning_rate: float = 5e-5
     keep_optimiser: bool = False
     optimiser: AdamW = field(default_factory=AdamW)
+    dp_sgd: DPSGD | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("batch", 1), ("epochs", 0)):
@@ -48,6 +54,11 @@ class LocalTraining:
             raise PomonaError(
                 f"local learning_rate {self.learning_rate} must be at least final_learning_rate "
                 f"{self.final_learning_rate}, and neither negative"
+            )
+        if self.dp_sgd is not None and self.epochs:
+            raise PomonaError(
+                "local dp_sgd draws the rows of every step anew, so that there are no epochs; leave epochs "
+                "out and say how many steps"
             )
 
     def steps_of(self, rows: int) -> int:
@@ -82,10 +93,10 @@ def train_cohort(
     rate = cosine(training.learning_rate, training.final_learning_rate, round_ - 1, rounds)
     steps = [training.steps_of(len(task.examples)) for task in tasks]
     drawn = [
-        batches(seed, round_, t.client, len(t.examples), training.batch, n)
-        for t, n in zip(tasks, steps, strict=True)
+        _drawn(training, seed, round_, task, count)
+        for task, count in zip(tasks, steps, strict=True)
     ]
-    states = [task.state for task in tasks]
+    states = [_counted(task.state, training, 0) for task in tasks]
     losses: list[list[float]] = [[] for _ in tasks]
     gradients: list[dict[str, Tensor]] = [{} for _ in tasks]
     for members, first, last in _stages(states, steps):
@@ -97,6 +108,7 @@ def train_cohort(
             training.optimiser,
             rate,
             pad_id,
+            _noise(training, seed, round_, first),
         )
         try:
             trained = stage.run([states[c] for c in members])
@@ -112,6 +124,29 @@ def train_cohort(
     return [
         _finished(strategy, training, states[c], losses[c], gradients[c]) for c in range(len(tasks))
     ]
+
+
+def _drawn(
+    training: LocalTraining, seed: int | str, round_: int, task: Task, steps: int
+) -> list[list[int]]:
+    """Return the rows of a client's steps: epoch by epoch, or for DP-SGD every step's by itself."""
+    rows, batch = len(task.examples), training.batch
+    if training.dp_sgd is None:
+        return batches(seed, round_, task.client, rows, batch, steps)
+    return samples(noise_key(seed)[0], round_, task.client, rows, batch, steps)
+
+
+def _noise(training: LocalTraining, seed: int | str, round_: int, first: int) -> RowNoise | None:
+    if training.dp_sgd is None:
+        return None
+    return RowNoise(training.dp_sgd, noise_key(seed)[0], round_, first)
+
+
+def _counted(state: ClientState, training: LocalTraining, more: int) -> ClientState:
+    """Return a state that remembers the noised steps its client has taken, if they are noised."""
+    if training.dp_sgd is None:
+        return state
+    return replace(state, memory=with_steps(state.memory, steps_of(state.memory) + more))
 
 
 def _stages(
@@ -139,7 +174,7 @@ def _finished(
     gradients: Mapping[str, Tensor],
 ) -> Trained:
     """Keep of a client's memory what the next round needs."""
-    memory = dict(state.memory)
+    memory = dict(_counted(state, training, len(losses)).memory)
     if not training.keep_optimiser:
         memory = without_optimiser(memory)
     report: dict[str, Tensor] = {}
