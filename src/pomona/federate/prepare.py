@@ -22,6 +22,7 @@ from pomona.models.loading import context_length, load_model, load_tokenizer
 from pomona.models.lora import narrowed, of_rank
 from pomona.progress import Progress, Tell
 from pomona.shapes import Tokens
+from pomona.training.loss import balance_weight
 
 POOLED = "everyone"
 
@@ -78,6 +79,8 @@ def prepare(
         )
     freeze(model)
     sites = _sites(model, settings.graft)
+    for training in (settings.local, *([settings.finish.training] if settings.finish else [])):
+        balance_weight(model, sites, training.router_loss)
     base = FrozenBase(model, settings.adapter, settings.graft, sites, settings.personal)
     limit = settings.evaluation.rows or None
 

@@ -6,7 +6,8 @@ each client's own. A real site is a cohort of one and runs the same code.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import ceil
+from math import ceil, inf
+from typing import Literal
 
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from pomona.federation.stage import Stage, Task, steps_taken, without_optimiser
 from pomona.federation.strategies.protocol import Corrects, Strategy
 from pomona.federation.update import ClientState
 from pomona.training.loop import AdamW, NotFiniteError
+from pomona.training.loss import balance_weight
 from pomona.training.schedule import cosine
 
 
@@ -33,6 +35,9 @@ class LocalTraining:
 
     With `dp_sgd` the gradient of every row is clipped and their sum is noised: every row counts the same,
     however long its answer, each step draws its rows anew, and the optimiser's own `clip` is off.
+
+    `router_loss` is the factor of the router's load-balancing loss over a client's rows of a step ("model": the
+    one in the model's config), for mixtures that define one; with `dp_sgd` over each row by itself.
     """
 
     steps: int = 5
@@ -43,6 +48,7 @@ class LocalTraining:
     keep_optimiser: bool = False
     optimiser: AdamW = field(default_factory=AdamW)
     dp_sgd: DPSGD | None = None
+    router_loss: float | Literal["model"] = 0.0
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("batch", 1), ("epochs", 0)):
@@ -54,6 +60,10 @@ class LocalTraining:
             raise PomonaError(
                 f"local learning_rate {self.learning_rate} must be at least final_learning_rate "
                 f"{self.final_learning_rate}, and neither negative"
+            )
+        if self.router_loss != "model" and not 0 <= self.router_loss < inf:
+            raise PomonaError(
+                f'local router_loss {self.router_loss} is not 0 or more; use for example 0.001, or "model"'
             )
         if self.dp_sgd is not None and self.epochs:
             raise PomonaError(
@@ -109,6 +119,7 @@ def train_cohort(
             rate,
             pad_id,
             _noise(training, seed, round_, first),
+            balance_weight(base.model, base.sites, training.router_loss),
         )
         try:
             trained = stage.run([states[c] for c in members])

@@ -7,9 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pomona.data.examples import Batch, Example, collate
+from pomona.data.examples import Example
 from pomona.federation.cohort import FrozenBase
 from pomona.federation.dp_sgd import RowNoise, repeated
+from pomona.federation.objective import client_losses
 from pomona.federation.strategies.protocol import (
     Corrects,
     Penalises,
@@ -19,7 +20,6 @@ from pomona.federation.strategies.protocol import (
 from pomona.federation.update import ClientState, learns, stack, unstack, within
 from pomona.shapes import PerClient
 from pomona.training.loop import AdamW, Moments, fit
-from pomona.training.loss import completion_losses
 
 _MOMENTS = ("optimiser.first.", "optimiser.second.")
 _STEP = "optimiser.step"
@@ -51,6 +51,7 @@ class Stage:
     rate: float
     pad_id: int
     noise: RowNoise | None = None
+    router_loss: float = 0.0
 
     def run(
         self, states: Sequence[ClientState]
@@ -108,7 +109,7 @@ class Stage:
     def _losses(self, step: int) -> PerClient:
         """Return each client's loss on its rows of a step, client-major [C·b, T]."""
         rows = self._rows(step)
-        return self._losses_of(_fill(rows, self.pad_id), len(rows))
+        return self._losses_of(rows, len(rows))
 
     def _noised_losses(self, step: int, state: ClientState, noise: RowNoise) -> PerClient:
         """Return the mean over each client's rows of their losses; its gradient is the rows' noised mean."""
@@ -132,7 +133,7 @@ class Stage:
         apart = repeated(state, size)
         copies = _named_leaves(apart)
         with self.base.attach(apart):
-            loss_X = self._losses_of(_fill(rows, self.pad_id), len(rows) * size)
+            loss_X = self._losses_of(rows, len(rows) * size)
             gradients = torch.autograd.grad(
                 loss_X.sum(), list(copies.values()), materialize_grads=True
             )
@@ -144,14 +145,8 @@ class Stage:
             for task, own in zip(self.tasks, self.drawn, strict=True)
         ]
 
-    def _losses_of(self, batch: Batch, clients: int) -> PerClient:
-        return completion_losses(
-            self.base.model,
-            batch.input_ids_BT,
-            batch.attention_mask_BT,
-            batch.label_mask_BT,
-            clients,
-        )
+    def _losses_of(self, rows: Sequence[Sequence[Example]], clients: int) -> PerClient:
+        return client_losses(self.base, rows, clients, self.pad_id, self.router_loss)
 
     def _correction(self, stacked: ClientState) -> dict[str, Tensor]:
         if not isinstance(self.strategy, Corrects):
@@ -228,16 +223,6 @@ def _sum_gradients(shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, leaf in shared.items():
         leaf.register_post_accumulate_grad_hook(adding(name))
     return sums
-
-
-def _fill(rows: Sequence[Sequence[Example]], pad_id: int) -> Batch:
-    """Collate client-major; a row added for alignment repeats a real one but carries no label."""
-    size = max(map(len, rows))
-    batch = collate([row for own in rows for row in [*own, *[own[0]] * (size - len(own))]], pad_id)
-    real_B = torch.tensor([k < len(own) for own in rows for k in range(size)])
-    return Batch(
-        batch.input_ids_BT, batch.attention_mask_BT, batch.label_mask_BT & real_B.unsqueeze(1)
-    )
 
 
 def steps_taken(state: ClientState) -> int:
