@@ -90,10 +90,7 @@ class RowNoise:
         ]
         deviation = self.dp.noise * self.dp.clip
         means: dict[str, Tensor] = {}
-        for (
-            name,
-            total,
-        ) in sums.items():  # one order of the tensors: it decides who gets which noise
+        for name, total in sums.items():  # their order decides which noise is whose
             noise = torch.stack(
                 [torch.randn(total.shape[1:], generator=g, dtype=total.dtype) for g in generators]
             )

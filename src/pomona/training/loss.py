@@ -76,7 +76,8 @@ def balance_weight(
     """
     if asked == 0:
         return 0.0
-    if not sites or not hasattr(model, "router_aux_loss_coef"):
+    routers = [site.router for site in sites]
+    if not routers or None in routers or not hasattr(model, "router_aux_loss_coef"):
         raise PomonaError(
             f"{type(model).__name__} defines no load-balancing loss of a router; leave local.router_loss out"
         )
