@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM
 
 from pomona.errors import PomonaError
 from pomona.models.experts import find_expert_sites, freeze
+from pomona.models.routing import routed_by
 from pomona.reconstruct import reconstruct
 from pomona.reconstruction.planners import TopChannels
 from pomona.reconstruction.retraining import ExpertStage, Objective, Retraining, RouterStage
 from pomona.reconstruction.retraining.objective import language_loss
 from pomona.reconstruction.retraining.routing import (
     balance_loss,
-    routed_by,
     soft,
     straight_through,
     z_loss,

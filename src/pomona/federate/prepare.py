@@ -21,6 +21,7 @@ from pomona.models.loading import context_length, load_model, load_tokenizer
 from pomona.models.lora import narrowed, of_rank
 from pomona.progress import Progress, Tell
 from pomona.shapes import Tokens
+from pomona.training.loss import balance_weight
 
 POOLED = "everyone"
 
@@ -80,6 +81,8 @@ def prepare(
     together = settings.shared_expert
     sites = _sites(model, needed=settings.graft is not None or together is not None)
     expert = together.on(model, sites) if together is not None else None
+    for training in (settings.local, *([settings.finish.training] if settings.finish else [])):
+        balance_weight(model, sites, training.router_loss)
     base = FrozenBase(model, settings.adapter, settings.graft, sites, settings.personal, expert)
     limit = settings.evaluation.rows or None
 

@@ -7,10 +7,12 @@ from typing import Any
 from torch import Tensor
 
 from pomona.artifacts.run import Snapshot
-from pomona.federate.evaluate import evaluate, served
+from pomona.federate.early_stop import held_back_losses, stopped
+from pomona.federate.evaluate import evaluate
 from pomona.federate.prepare import Federation
-from pomona.federation.local import Trained, train_cohort
-from pomona.federation.measure import communication, loss_summary, losses_of
+from pomona.federation.dp_sgd import row_epsilon, steps_of
+from pomona.federation.local import LocalTraining, Trained, train_cohort
+from pomona.federation.measure import communication
 from pomona.federation.privacy import epsilon, noise_key, protect
 from pomona.federation.sampling import participants, survivors
 from pomona.federation.settings import Finish
@@ -25,14 +27,12 @@ from pomona.federation.strategies import (
 )
 from pomona.federation.update import ClientState, Update, split, within
 
-_HELD_BACK = "held back"
-
 
 def remaining(federation: Federation, snapshot: Snapshot) -> Iterator[int]:
     """Return the rounds after a snapshot, one by one; after an early stop only those of `finish`."""
     settings = federation.settings
     for round_ in range(snapshot.round + 1, settings.last_round + 1):
-        if round_ > settings.rounds or not _stopped(federation, ()):
+        if round_ > settings.rounds or not stopped(federation, ()):
             yield round_
 
 
@@ -57,6 +57,7 @@ def train_round(federation: Federation, snapshot: Snapshot, round_: int) -> Snap
     sent = _sent(strategy, snapshot.server)
     messages = {name: federation.sends(name, sent) for name in chosen}
     metrics += [communication(round_, messages, updates), *spent]
+    metrics += _spent_on_rows(federation, settings.local, private, round_)
     return _committed(federation, snapshot, round_, server, private, metrics, began)
 
 
@@ -72,6 +73,7 @@ def finishing_round(federation: Federation, snapshot: Snapshot, round_: int) -> 
     for name, trained in _train(federation, snapshot, names, round_, strategy, finish):
         private[name] = split(trained.state, strategy.shares, frozen_part(strategy))[1]
         metrics.append(_training_line(round_, name, trained))
+    metrics += _spent_on_rows(federation, finish.training, private, round_)
     return _committed(federation, snapshot, round_, snapshot.server, private, metrics, began)
 
 
@@ -86,13 +88,13 @@ def _committed(
 ) -> Snapshot:
     """Evaluate when it is time and make the round final; the last one is evaluated when all is over."""
     settings, trained = federation.settings, monotonic() - began
-    metrics += _held_back(federation, snapshot, private, server.shared, round_)
-    stopped = _stopped(federation, metrics)
-    if stopped and round_ < settings.rounds:
+    metrics += held_back_losses(federation, snapshot, private, server.shared, round_)
+    enough = stopped(federation, metrics)
+    if enough and round_ < settings.rounds:
         federation.tell(
             f"round {round_}: stopped early, held-back rows are not answered better any more"
         )
-    last = round_ if stopped and not settings.finishing else settings.last_round
+    last = round_ if enough and not settings.finishing else settings.last_round
     if round_ % settings.evaluation.every == 0 and round_ != last:
         metrics += evaluate(federation, snapshot, private, server.shared, round_)
     committed = federation.run.commit(snapshot, round_, server, private, metrics)
@@ -100,40 +102,6 @@ def _committed(
         {"round": round_, "training": trained, "round_seconds": monotonic() - began}
     )
     return committed
-
-
-def _held_back(
-    federation: Federation,
-    snapshot: Snapshot,
-    private: Mapping[str, ClientState],
-    shared: Mapping[str, Tensor],
-    round_: int,
-) -> list[dict[str, Any]]:
-    """Return the loss of every client's model on the rows it holds back, when it is time to look."""
-    settings, stop = federation.settings, federation.settings.early_stop
-    if stop is None or round_ % stop.every or round_ > settings.rounds:
-        return []
-    lines: list[dict[str, Any]] = []
-    for name, examples in federation.held_back.items():
-        if name in settings.newcomers:
-            continue
-        own = private.get(name) or federation.run.client(snapshot, name)
-        state = served(federation, name, shared, own)
-        losses = losses_of(federation.base, state, examples, federation.pad_id, settings.evaluation)
-        lines.append({"round": round_, "model": _HELD_BACK, "client": name, **loss_summary(losses)})
-    return lines
-
-
-def _stopped(federation: Federation, fresh: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether held-back rows say that it is enough: `fresh` are lines that are not committed yet."""
-    stop = federation.settings.early_stop
-    if stop is None:
-        return False
-    losses: dict[int, list[float]] = {}
-    for line in (*federation.run.metrics(), *fresh):
-        if line["model"] == _HELD_BACK:
-            losses.setdefault(line["round"], []).append(line["loss"])
-    return stop.reached([sum(own) / len(own) for _, own in sorted(losses.items())])
 
 
 def _train(
@@ -205,3 +173,33 @@ def _protect(
         "secret": secret,
     }
     return protect(privacy, snapshot.server.shared, updates, key, round_), [line]
+
+
+def _spent_on_rows(
+    federation: Federation,
+    training: LocalTraining,
+    trained: Mapping[str, ClientState],
+    round_: int,
+) -> list[dict[str, Any]]:
+    """Tell and return the ε that every client's steps on its rows have cost each of them so far."""
+    dp = training.dp_sgd
+    if dp is None or not trained:
+        return []
+    _, secret = noise_key(federation.settings.seed)
+    spent = {
+        name: row_epsilon(dp, len(federation.train[name]), training.batch, steps_of(private.memory))
+        for name, private in trained.items()
+    }
+    told = ", ".join(f"{epsilon:.4g} ({name})" for name, epsilon in spent.items())
+    federation.tell(f"round {round_}: ε of a row = {told} at δ = {dp.delta:g}")
+    return [
+        {
+            "round": round_,
+            "model": "dp-sgd",
+            "client": name,
+            "epsilon": epsilon,
+            "delta": dp.delta,
+            "secret": secret,
+        }
+        for name, epsilon in spent.items()
+    ]

@@ -6,17 +6,21 @@ each client's own. A real site is a cohort of one and runs the same code.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import ceil
+from math import ceil, inf
+from typing import Literal
 
 from torch import Tensor
 
 from pomona.errors import PomonaError
 from pomona.federation.cohort import FrozenBase
-from pomona.federation.sampling import batches
+from pomona.federation.dp_sgd import DPSGD, RowNoise, steps_of, with_steps
+from pomona.federation.privacy import noise_key
+from pomona.federation.sampling import batches, samples
 from pomona.federation.stage import Stage, Task, steps_taken, without_optimiser
 from pomona.federation.strategies.protocol import Corrects, Strategy
 from pomona.federation.update import ClientState
 from pomona.training.loop import AdamW, NotFiniteError
+from pomona.training.loss import balance_weight
 from pomona.training.schedule import cosine
 
 
@@ -28,6 +32,12 @@ class LocalTraining:
     learning rate falls along a cosine across rounds from `learning_rate` to `final_learning_rate` and is
     constant within one; AdamW starts anew every round (FLEx, arXiv 2506.00965, training script) unless
     `keep_optimiser`, when every client keeps its moments from round to round.
+
+    With `dp_sgd` the gradient of every row is clipped and their sum is noised: every row counts the same,
+    however long its answer, each step draws its rows anew, and the optimiser's own `clip` is off.
+
+    `router_loss` is the factor of the router's load-balancing loss over a client's rows of a step ("model": the
+    one in the model's config), for mixtures that define one; with `dp_sgd` over each row by itself.
     """
 
     steps: int = 5
@@ -37,6 +47,8 @@ class LocalTraining:
     final_learning_rate: float = 5e-5
     keep_optimiser: bool = False
     optimiser: AdamW = field(default_factory=AdamW)
+    dp_sgd: DPSGD | None = None
+    router_loss: float | Literal["model"] = 0.0
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("batch", 1), ("epochs", 0)):
@@ -48,6 +60,15 @@ class LocalTraining:
             raise PomonaError(
                 f"local learning_rate {self.learning_rate} must be at least final_learning_rate "
                 f"{self.final_learning_rate}, and neither negative"
+            )
+        if self.router_loss != "model" and not 0 <= self.router_loss < inf:
+            raise PomonaError(
+                f'local router_loss {self.router_loss} is not 0 or more; use for example 0.001, or "model"'
+            )
+        if self.dp_sgd is not None and self.epochs:
+            raise PomonaError(
+                "local dp_sgd draws the rows of every step anew, so that there are no epochs; leave epochs "
+                "out and say how many steps"
             )
 
     def steps_of(self, rows: int) -> int:
@@ -82,10 +103,10 @@ def train_cohort(
     rate = cosine(training.learning_rate, training.final_learning_rate, round_ - 1, rounds)
     steps = [training.steps_of(len(task.examples)) for task in tasks]
     drawn = [
-        batches(seed, round_, t.client, len(t.examples), training.batch, n)
-        for t, n in zip(tasks, steps, strict=True)
+        _drawn(training, seed, round_, task, count)
+        for task, count in zip(tasks, steps, strict=True)
     ]
-    states = [task.state for task in tasks]
+    states = [_counted(task.state, training, 0) for task in tasks]
     losses: list[list[float]] = [[] for _ in tasks]
     gradients: list[dict[str, Tensor]] = [{} for _ in tasks]
     for members, first, last in _stages(states, steps):
@@ -97,6 +118,8 @@ def train_cohort(
             training.optimiser,
             rate,
             pad_id,
+            _noise(training, seed, round_, first),
+            balance_weight(base.model, base.sites, training.router_loss),
         )
         try:
             trained = stage.run([states[c] for c in members])
@@ -112,6 +135,29 @@ def train_cohort(
     return [
         _finished(strategy, training, states[c], losses[c], gradients[c]) for c in range(len(tasks))
     ]
+
+
+def _drawn(
+    training: LocalTraining, seed: int | str, round_: int, task: Task, steps: int
+) -> list[list[int]]:
+    """Return the rows of a client's steps: epoch by epoch, or for DP-SGD every step's by itself."""
+    rows, batch = len(task.examples), training.batch
+    if training.dp_sgd is None:
+        return batches(seed, round_, task.client, rows, batch, steps)
+    return samples(noise_key(seed)[0], round_, task.client, rows, batch, steps)
+
+
+def _noise(training: LocalTraining, seed: int | str, round_: int, first: int) -> RowNoise | None:
+    if training.dp_sgd is None:
+        return None
+    return RowNoise(training.dp_sgd, noise_key(seed)[0], round_, first)
+
+
+def _counted(state: ClientState, training: LocalTraining, more: int) -> ClientState:
+    """Return a state that remembers the noised steps its client has taken, if they are noised."""
+    if training.dp_sgd is None:
+        return state
+    return replace(state, memory=with_steps(state.memory, steps_of(state.memory) + more))
 
 
 def _stages(
@@ -139,7 +185,7 @@ def _finished(
     gradients: Mapping[str, Tensor],
 ) -> Trained:
     """Keep of a client's memory what the next round needs."""
-    memory = dict(state.memory)
+    memory = dict(_counted(state, training, len(losses)).memory)
     if not training.keep_optimiser:
         memory = without_optimiser(memory)
     report: dict[str, Tensor] = {}

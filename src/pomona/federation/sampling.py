@@ -37,3 +37,16 @@ def batches(
     while len(order) < size * steps:
         order += generator.permutation(rows).tolist()
     return [order[step * size : (step + 1) * size] for step in range(steps)]
+
+
+def samples(
+    key: str, round_: int, client: str, rows: int, batch: int, steps: int
+) -> list[list[int]]:
+    """Return the row indices of a client's steps in a round where every step's are drawn anew.
+
+    Each is `batch` rows without replacement, whatever the others are: what the accountant of DP-SGD
+    assumes. A client with fewer rows than `batch` uses all of them in every step. Who does not know
+    `key` does not know the rows.
+    """
+    generator = numpy_generator(key, "samples", round_, client)
+    return [generator.choice(rows, min(batch, rows), replace=False).tolist() for _ in range(steps)]

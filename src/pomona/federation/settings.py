@@ -94,6 +94,7 @@ class FederateSettings:
             )
         if self.privacy is not None:
             self.privacy.check(self.strategy)
+        self._check_dp_sgd()
         if self.pooled and (self.newcomers or self.joins):
             raise PomonaError("pooled rows are one client's; leave out newcomers and joins")
         if self.ranks and not isinstance(self.strategy, _ANY_RANK):
@@ -116,6 +117,30 @@ class FederateSettings:
                 raise PomonaError(
                     f'client "{name}" joins in round {round_}, but the rounds are 1 to {self.rounds}'
                 )
+
+    def _check_dp_sgd(self) -> None:
+        """Raise `PomonaError` where a row would be used without the noise that `dp_sgd` promises."""
+        finish = self.finishing
+        phases = [] if self.only_finishes else [self.local]
+        phases += [finish.training] if finish else []
+        if len({(phase.dp_sgd, phase.dp_sgd and phase.batch) for phase in phases}) > 1:
+            raise PomonaError(
+                "local and finish.training see the same rows, but their dp_sgd or their batch differ; give "
+                "both the same, or leave dp_sgd out of both"
+            )
+        if phases[0].dp_sgd is None:
+            return
+        phases[0].dp_sgd.check(self.graft.selection if self.graft else None)
+        if self.early_stop is not None:
+            raise PomonaError(
+                "early_stop tells the loss of rows without noise, which dp_sgd does not protect; leave one of "
+                "them out"
+            )
+        if self.ranks:
+            raise PomonaError(
+                "dp_sgd puts noise on every direction of an adapter, also on those that a client of a smaller "
+                "rank does not have; leave ranks or dp_sgd out"
+            )
 
     @property
     def only_finishes(self) -> bool:

@@ -4,10 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from pomona.data.examples import Batch, Example, collate
+from pomona.data.examples import Example
 from pomona.federation.cohort import FrozenBase
+from pomona.federation.dp_sgd import RowNoise, repeated
+from pomona.federation.objective import client_losses
 from pomona.federation.strategies.protocol import (
     Corrects,
     Penalises,
@@ -17,7 +20,6 @@ from pomona.federation.strategies.protocol import (
 from pomona.federation.update import ClientState, learns, stack, unstack, within
 from pomona.shapes import PerClient
 from pomona.training.loop import AdamW, Moments, fit
-from pomona.training.loss import completion_losses
 
 _MOMENTS = ("optimiser.first.", "optimiser.second.")
 _STEP = "optimiser.step"
@@ -35,7 +37,11 @@ class Task:
 
 @dataclass(frozen=True)
 class Stage:
-    """Some steps of some clients together; `drawn` [C][steps][rows] are the rows of each."""
+    """Some steps of some clients together; `drawn` [C][steps][rows] are the rows of each.
+
+    With `noise` the optimiser sees clipped and noised gradients of the rows, and what they cost a client
+    beside (a penalty, a correction) is added to them: it is made of what is sent or noised already.
+    """
 
     base: FrozenBase
     tasks: Sequence[Task]
@@ -44,6 +50,8 @@ class Stage:
     optimiser: AdamW
     rate: float
     pad_id: int
+    noise: RowNoise | None = None
+    router_loss: float = 0.0
 
     def run(
         self, states: Sequence[ClientState]
@@ -51,7 +59,7 @@ class Stage:
         """Return every client's new state, losses and, if gradients are corrected, their sum."""
         stacked = stack(states)
         state = _with_leaves(stacked, self.strategy)
-        anchor = stack([task.state for task in self.tasks]).adapter
+        anchor = stack([ClientState(task.state.adapter) for task in self.tasks]).adapter
         shared = {
             n: v
             for n, v in state.adapter.items()
@@ -65,13 +73,14 @@ class Stage:
         leaves = _named_leaves(state)
         names, parameters = list(leaves), list(leaves.values())
         resume = _kept_moments(stacked, names, first)
-        with self.base.attach(state):
+        attached = state if self.noise is None else ClientState()  # rows are attached one by one
+        with self.base.attach(attached):
             history = fit(
                 parameters,
-                lambda step: self._objective(step - first, shared, anchor, correction),
+                lambda step: self._objective(step - first, state, shared, anchor, correction),
                 first + count,
                 lambda _step: self.rate,
-                self.optimiser,
+                self.optimiser if self.noise is None else replace(self.optimiser, clip=0.0),
                 resume=resume,
                 after=lambda moments, _losses: last.__setitem__(slice(None), [moments]),
             )
@@ -85,33 +94,59 @@ class Stage:
     def _objective(
         self,
         step: int,
+        state: ClientState,
         shared: Mapping[str, Tensor],
         anchor: Mapping[str, Tensor],
         correction: Mapping[str, Tensor],
     ) -> PerClient:
         """Return each client's loss with the strategy's penalty; a correction is in its gradient alone."""
-        loss_C = self._losses(step)
+        noise = self.noise
+        loss_C = self._losses(step) if noise is None else self._noised_losses(step, state, noise)
         if isinstance(self.strategy, Penalises):
             loss_C = loss_C + self.strategy.penalty(shared, anchor)
-        for name, gradient in correction.items():
-            along_C = (gradient * shared[name]).flatten(1).sum(1)
-            loss_C = loss_C + (along_C - along_C.detach())
-        return loss_C
+        return _with_gradient(loss_C, shared, correction)
 
     def _losses(self, step: int) -> PerClient:
         """Return each client's loss on its rows of a step, client-major [C·b, T]."""
-        rows = [
+        rows = self._rows(step)
+        return self._losses_of(rows, len(rows))
+
+    def _noised_losses(self, step: int, state: ClientState, noise: RowNoise) -> PerClient:
+        """Return the mean over each client's rows of their losses; its gradient is the rows' noised mean."""
+        loss_X, gradients = self.row_gradients(step, state)
+        clients = [task.client for task in self.tasks]
+        counts = [len(own[step]) for own in self.drawn]
+        mean = noise.mean(gradients, clients, counts, step)
+        total_C = loss_X.unflatten(0, (len(clients), -1)).sum(1)
+        return _with_gradient(total_C / total_C.new_tensor(counts), _named_leaves(state), mean)
+
+    def row_gradients(
+        self, step: int, state: ClientState
+    ) -> tuple[Float[Tensor, " X"], dict[str, Tensor]]:
+        """Return the loss of every row of a step and its gradient [C·b, …] by all that learns.
+
+        Rows are client-major; a client with fewer than the others has rows of loss and gradient zero at its
+        end. Each is a client of its own with its client's state, so that one backward pass gives all.
+        """
+        rows = self._rows(step)
+        size = max(map(len, rows))
+        apart = repeated(state, size)
+        copies = _named_leaves(apart)
+        with self.base.attach(apart):
+            loss_X = self._losses_of(rows, len(rows) * size)
+            gradients = torch.autograd.grad(
+                loss_X.sum(), list(copies.values()), materialize_grads=True
+            )
+        return loss_X.detach(), dict(zip(copies, gradients, strict=True))
+
+    def _rows(self, step: int) -> list[list[Example]]:
+        return [
             [task.examples[i] for i in own[step]]
             for task, own in zip(self.tasks, self.drawn, strict=True)
         ]
-        batch = _fill(rows, self.pad_id)
-        return completion_losses(
-            self.base.model,
-            batch.input_ids_BT,
-            batch.attention_mask_BT,
-            batch.label_mask_BT,
-            len(self.tasks),
-        )
+
+    def _losses_of(self, rows: Sequence[Sequence[Example]], clients: int) -> PerClient:
+        return client_losses(self.base, rows, clients, self.pad_id, self.router_loss)
 
     def _correction(self, stacked: ClientState) -> dict[str, Tensor]:
         if not isinstance(self.strategy, Corrects):
@@ -149,6 +184,16 @@ def _named_leaves(state: ClientState) -> dict[str, Tensor]:
     }
 
 
+def _with_gradient(
+    loss_C: PerClient, tensors: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
+) -> PerClient:
+    """Return losses of the same value with `gradients` [C, …] added to those of some tensors."""
+    for name, gradient in gradients.items():
+        along_C = (gradient * tensors[name]).reshape(len(gradient), -1).sum(1)
+        loss_C = loss_C + (along_C - along_C.detach())
+    return loss_C
+
+
 def _kept_moments(stacked: ClientState, names: Sequence[str], step: int) -> Moments | None:
     if _STEP not in stacked.memory:
         return None
@@ -178,16 +223,6 @@ def _sum_gradients(shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, leaf in shared.items():
         leaf.register_post_accumulate_grad_hook(adding(name))
     return sums
-
-
-def _fill(rows: Sequence[Sequence[Example]], pad_id: int) -> Batch:
-    """Collate client-major; a row added for alignment repeats a real one but carries no label."""
-    size = max(map(len, rows))
-    batch = collate([row for own in rows for row in [*own, *[own[0]] * (size - len(own))]], pad_id)
-    real_B = torch.tensor([k < len(own) for own in rows for k in range(size)])
-    return Batch(
-        batch.input_ids_BT, batch.attention_mask_BT, batch.label_mask_BT & real_B.unsqueeze(1)
-    )
 
 
 def steps_taken(state: ClientState) -> int:

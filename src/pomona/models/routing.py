@@ -1,8 +1,9 @@
-"""Which experts tokens are sent to, counted per layer and client."""
+"""Which experts tokens are sent to: seen, changed, or counted per layer and client."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -17,6 +18,30 @@ _NAMES = (
     ("top_k_index", "router_indices"),
     ("top_k_weights", "routing_weights"),
 )
+
+
+Routed = tuple[Tensor, Tensor]  # logits [N, E], chosen experts [N, K]
+
+
+@contextmanager
+def routed_by(
+    sites: Sequence[ExpertSite],
+    route: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+) -> Generator[list[Routed]]:
+    """Route as `route` says and collect (logits, chosen) of every layer; empty the list before a pass."""
+    seen: list[Routed] = []
+
+    def hook(_module: nn.Module, _args: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        logits, weights, index = output
+        seen.append((logits, index))
+        if route is None:
+            return output
+        return (logits, *route(logits, weights, index))
+
+    routers = [site.router for site in sites if site.router is not None]
+    handles = tuple(router.register_forward_hook(hook) for router in routers)
+    with Attachment(handles):
+        yield seen
 
 
 @dataclass(frozen=True)

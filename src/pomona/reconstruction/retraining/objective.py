@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn import functional as fn
 from transformers import PreTrainedModel
 
-from pomona.reconstruction.retraining.routing import Routed, balance_loss, z_loss
+from pomona.models.routing import Routed
+from pomona.reconstruction.retraining.routing import balance_loss, z_loss
 from pomona.reconstruction.retraining.settings import Objective
 from pomona.shapes import Tokens
 

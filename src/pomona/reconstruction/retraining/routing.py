@@ -1,16 +1,11 @@
-"""Routing during retraining: hooks on the routers, and what they saw."""
+"""Routing during retraining: how tokens are sent, and what their balance costs."""
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pomona.models.attachment import Attachment
-from pomona.models.experts import ExpertSite
-
-Routed = tuple[Tensor, Tensor]  # logits [N, E], chosen experts [N, K]
+from pomona.models.routing import Routed
 
 
 def soft(temperature: float) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -30,27 +25,6 @@ def straight_through(logits_NE: Tensor, weights: Tensor, index_NK: Tensor) -> tu
         return weights, index_NK
     chosen_N1 = logits_NE.float().softmax(dim=-1).gather(-1, index_NK)
     return (weights * chosen_N1 / chosen_N1.detach()).to(weights.dtype), index_NK
-
-
-@contextmanager
-def routed_by(
-    sites: Sequence[ExpertSite],
-    route: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None,
-) -> Generator[list[Routed]]:
-    """Route as `route` says and collect (logits, chosen) of every layer; empty the list before a pass."""
-    seen: list[Routed] = []
-
-    def hook(_module: nn.Module, _args: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        logits, weights, index = output
-        seen.append((logits, index))
-        if route is None:
-            return output
-        return (logits, *route(logits, weights, index))
-
-    routers = [site.router for site in sites if site.router is not None]
-    handles = tuple(router.register_forward_hook(hook) for router in routers)
-    with Attachment(handles):
-        yield seen
 
 
 def balance_loss(routed: Sequence[Routed]) -> Tensor:

@@ -9,9 +9,10 @@ from transformers import PreTrainedModel
 
 from pomona.errors import PomonaError
 from pomona.models.experts import ExpertSite, enable_checkpointing, freeze
+from pomona.models.routing import routed_by
 from pomona.progress import Progress
 from pomona.reconstruction.retraining.objective import language_loss, router_loss
-from pomona.reconstruction.retraining.routing import routed_by, soft, straight_through
+from pomona.reconstruction.retraining.routing import soft, straight_through
 from pomona.reconstruction.retraining.settings import Retraining
 from pomona.reconstruction.retraining.trainable import (
     merge,
