@@ -18,7 +18,15 @@ from pomona.federation.early_stop import EarlyStop
 from pomona.federation.local import LocalTraining
 from pomona.federation.settings import Finish
 from pomona.federation.shared_expert import SharedGraft
-from pomona.federation.strategies import FedSALoRA, FFALoRA, FlexLoRA, FLoRA, LocalOnly, Scaffold
+from pomona.federation.strategies import (
+    FedSALoRA,
+    FFALoRA,
+    FlexLoRA,
+    FLoRA,
+    Krum,
+    LocalOnly,
+    Scaffold,
+)
 from pomona.models.lora import LoRA
 from pomona.models.peft_format import read_adapter
 
@@ -353,6 +361,12 @@ def test_memory_and_kept_optimisers_survive_an_interruption(
         ({"newcomers": ("kiwis",)}, 'newcomers: there is no client "kiwis"'),
         ({"newcomers": ("apples", "pears", "plums")}, "all clients are newcomers"),
         ({"joins": {"pears": 9}}, 'client "pears" joins in round 9, but the rounds are 1 to 3'),
+        ({"joins": {"apples": 2, "pears": 2, "plums": 3}}, "joins: nobody takes part in round 1"),
+        (
+            {"strategy": Krum(1)},
+            "Krum got 3 updates in a round, but malicious = 1 needs at least 5",
+        ),
+        ({"strategy": Krum(), "fraction": 0.6}, "Krum got 2 updates in a round"),
         ({"ranks": {"pears": 1}}, "ranks: FedAvg needs the same rank of everybody"),
         ({"ranks": {"pears": 9}, "strategy": FLoRA()}, 'client "pears" has rank 9, which is not'),
         (

@@ -26,6 +26,7 @@ from pomona.errors import PomonaError
 from pomona.federate import federate
 from pomona.federation.cohort import FrozenBase
 from pomona.federation.dp_sgd import DPSGD, RowNoise, clipped_sums, row_epsilon, steps_of
+from pomona.federation.early_stop import EarlyStop
 from pomona.federation.graft import Graft
 from pomona.federation.local import LocalTraining, train_cohort
 from pomona.federation.privacy import KEY, Privacy
@@ -477,6 +478,10 @@ def test_a_selection_that_looks_at_rows_is_refused(kind):
         (
             lambda s: replace(s, local=LocalTraining(), finish=Finish(training=s.local)),
             "their dp_sgd or their batch differ",
+        ),
+        (
+            lambda s: replace(s, early_stop=EarlyStop()),
+            "early_stop tells the loss of rows without noise",
         ),
         (
             lambda s: replace(s, ranks={"pears": 1}, strategy=FLoRA()),

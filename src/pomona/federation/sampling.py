@@ -9,9 +9,14 @@ from pomona.seeds import numpy_generator
 def participants(seed: int, round_: int, clients: Sequence[str], fraction: float) -> list[str]:
     """Return the clients of a round, in the order of their names; at least one."""
     names = sorted(clients)
-    count = max(1, math.ceil(fraction * len(names) - 1e-9))
+    count = sample_size(len(names), fraction)
     chosen = numpy_generator(seed, "participants", round_).choice(len(names), count, replace=False)
     return [names[i] for i in sorted(chosen)]
+
+
+def sample_size(clients: int, fraction: float) -> int:
+    """Return how many of so many clients take part in a round; at least one."""
+    return max(1, math.ceil(fraction * clients - 1e-9))
 
 
 def survivors(seed: int, round_: int, chosen: Sequence[str], dropout: float) -> list[str]:

@@ -13,8 +13,9 @@ from pomona.federation.graft import Graft
 from pomona.federation.local import LocalTraining
 from pomona.federation.measure import Evaluation
 from pomona.federation.privacy import Privacy
+from pomona.federation.sampling import sample_size
 from pomona.federation.shared_expert import SharedGraft
-from pomona.federation.strategies import FedAvg, FlexLoRA, FLoRA, LocalOnly, Strategy
+from pomona.federation.strategies import FedAvg, FlexLoRA, FLoRA, Krum, LocalOnly, Strategy
 from pomona.models.lora import LoRA
 
 _ANY_RANK = (FlexLoRA, FLoRA, LocalOnly)
@@ -169,7 +170,7 @@ class FederateSettings:
         return not finish.newcomers_only or client in self.newcomers or self.only_finishes
 
     def check_clients(self, names: list[str]) -> None:
-        """Raise `PomonaError` for a client of `joins` or `newcomers` that the data do not have."""
+        """Raise `PomonaError` for a client of the recipe that the data do not have, or too few of them."""
         for key, told in (
             ("joins", self.joins),
             ("newcomers", self.newcomers),
@@ -180,3 +181,8 @@ class FederateSettings:
                     raise PomonaError(f'{key}: there is no client "{name}"; there are {names}')
         if set(names) <= set(self.newcomers):
             raise PomonaError("all clients are newcomers; nobody is left to federate")
+        present = sum(self.takes_part(name, 1) for name in names)
+        if self.rounds and not present:
+            raise PomonaError("joins: nobody takes part in round 1; let a client join then")
+        if isinstance(self.strategy, Krum) and self.rounds and not self.pooled:
+            self.strategy.check(sample_size(present, self.fraction))

@@ -53,15 +53,15 @@ class Krum:
         sent = sorted(updates, key=lambda update: update.client)
         if not sent:
             return state
-        self._check(len(sent))
+        self.check(len(sent))
         score_C = _scores(squared_distances(sent), len(sent) - self.malicious - 2)
         best = score_C.argsort(stable=True)[: self.chosen].tolist()
         if self.chosen == 1:
             return ServerState(dict(sent[best[0]].shared))
         return ServerState(weighted_mean(Update(sent[i].client, 1, sent[i].shared) for i in best))
 
-    def _check(self, clients: int) -> None:
-        """Name the numbers that do not go together."""
+    def check(self, clients: int) -> None:
+        """Raise `PomonaError` when a round has too few updates for `malicious` or `chosen`."""
         if clients < 2 * self.malicious + 3:
             raise PomonaError(
                 f"Krum got {clients} updates in a round, but malicious = {self.malicious} needs at least "
