@@ -162,7 +162,8 @@ def _settings(
         assert recipe.graft is not None and plain.graft is not None
         graft = replace(recipe.graft, rank=plain.graft.rank, alpha=plain.graft.alpha)
         adapter = replace(plain.adapter, targets=recipe.adapter.targets)
-        recipe = replace(plain, name=method, graft=graft, adapter=adapter, personal=None)
+        parts = {"graft": graft, "adapter": adapter, "personal": None, "shared_expert": None}
+        recipe = replace(plain, name=method, **parts)
     held_out = Path(os.environ["POMONA_DATA"]) / "calibration"
     evaluation = replace(recipe.evaluation, every=rounds, answers=0, forgetting=held_out, windows=4)
     local = recipe.local
