@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pomona.artifacts.run import RunDirectory
 from pomona.data.examples import Example, encode, padding_id
@@ -70,15 +70,7 @@ def prepare(
 ) -> Federation:
     """Load the model, encode every row; raises `PomonaError` for what does not go together."""
     tokenizer = load_tokenizer(settings.model)
-    model = load_model(settings.model, settings.dtype)
-    if settings.max_length > context_length(model):
-        raise PomonaError(
-            f"max_length {settings.max_length} is longer than the context of {settings.model}, "
-            f"{context_length(model)} tokens; make max_length smaller"
-        )
-    freeze(model)
-    sites = _sites(model, settings.graft)
-    base = FrozenBase(model, settings.adapter, settings.graft, sites, settings.personal)
+    base = frozen_base(settings, load_model(settings.model, settings.dtype))
     limit = settings.evaluation.rows or None
 
     def encoded(which: Sequence[Any]) -> list[Example]:
@@ -98,6 +90,18 @@ def prepare(
         tell,
         holdings,
     )
+
+
+def frozen_base(settings: FederateSettings, model: PreTrainedModel) -> FrozenBase:
+    """Freeze a model that is loaded or outlined; raises `PomonaError` if it does not fit the recipe."""
+    if settings.max_length > context_length(model):
+        raise PomonaError(
+            f"max_length {settings.max_length} is longer than the context of {settings.model}, "
+            f"{context_length(model)} tokens; make max_length smaller"
+        )
+    freeze(model)
+    sites = _sites(model, settings.graft)
+    return FrozenBase(model, settings.adapter, settings.graft, sites, settings.personal)
 
 
 def _trainers(
