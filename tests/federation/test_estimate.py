@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
 from torch.autograd.graph import saved_tensors_hooks
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from pomona.artifacts.run import RunDirectory
 from pomona.cli.app import main
@@ -34,7 +35,7 @@ from pomona.federation.outline import id_of, outlined_step
 from pomona.federation.settings import Finish
 from pomona.federation.strategies import STRATEGIES, FlexLoRA, FLoRA
 from pomona.federation.update import ClientState, stack
-from pomona.models.experts import find_expert_sites, freeze
+from pomona.models.experts import enable_checkpointing, find_expert_sites, freeze
 from pomona.models.loading import load_model, outline_model
 from pomona.models.lora import LoRA
 from pomona.models.weights import serialized_bytes
@@ -132,6 +133,39 @@ def test_tokens_and_work_are_rounds_times_steps_times_rows(quick):
     assert preview(epochs, 1.0).tokens == 2 * 3 * (2 * 3 * 4) * quick.max_length
 
 
+def test_checkpointing_changes_no_result_and_takes_another_forward_pass(quick, tmp_path):
+    again = replace(quick, checkpointing=True)
+    plain, other = ran(quick, tmp_path / "a")[0], ran(again, tmp_path / "b")[0]
+    for name, own in plain["personal"]["clients"].items():
+        assert other["personal"]["clients"][name]["loss"] == pytest.approx(own["loss"], rel=1e-5)
+    told, more = preview(quick, 1.0), preview(again, 1.0)
+    assert more.work - told.work == told.tokens * sum(told.flops.values())
+    assert more.memory == told.memory
+    assert told.memory.peak(False) - told.memory.peak(True) == (
+        told.memory.activations - told.memory.checkpointed
+    )
+
+
+def test_checkpointing_computes_experts_again(quick, tmp_path, monkeypatch):
+    """Experts run once more for each step's backward pass, and for nothing else."""
+    calls = []
+    own = MixtralExperts.forward
+
+    def counting(self, *args, **kwargs):
+        calls.append(torch.is_grad_enabled())
+        return own(self, *args, **kwargs)
+
+    monkeypatch.setattr(MixtralExperts, "forward", counting)
+    counts = []
+    for name, checkpointing in (("a", False), ("b", True)):
+        ran(replace(quick, checkpointing=checkpointing), tmp_path / name)
+        counts.append((sum(calls), len(calls) - sum(calls)))
+        calls.clear()
+    (once, measured), (twice, measured_again) = counts
+    assert twice == 2 * once > 0
+    assert measured == measured_again
+
+
 def kept_by(base, state, ids_BT):
     """What autograd keeps of a real step on the CPU, each storage once."""
     parts = (base.model.parameters(), base.model.buffers(), *map(dict.values, vars(state).values()))
@@ -165,6 +199,9 @@ def test_activations_are_those_that_autograd_keeps(family, parts, dtype):
     told = outlined_step(outlined(family, dtype, lora, graft), on_meta(state), 4, 32)
     # The stand-in for experts is not their code: within a tenth, and with grafts much nearer.
     assert told.kept_bytes == pytest.approx(real, rel=0.1 if parts == "experts" else 0.05)
+    enable_checkpointing(model)
+    assert told.waiting_bytes == pytest.approx(kept_by(base, state, ids_BT), rel=0.05)
+    assert told.kept_bytes / 3 < told.layer_bytes < told.kept_bytes - told.waiting_bytes
 
 
 def of_two(base) -> ClientState:

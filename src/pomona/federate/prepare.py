@@ -17,7 +17,13 @@ from pomona.federation.graft import Graft
 from pomona.federation.holdings import Holdings
 from pomona.federation.settings import FederateSettings
 from pomona.federation.update import ClientState, join
-from pomona.models.experts import ExpertSite, expert_sites_if_any, find_expert_sites, freeze
+from pomona.models.experts import (
+    ExpertSite,
+    enable_checkpointing,
+    expert_sites_if_any,
+    find_expert_sites,
+    freeze,
+)
 from pomona.models.loading import context_length, load_model, load_tokenizer
 from pomona.models.lora import narrowed, of_rank
 from pomona.progress import Progress, Tell
@@ -100,6 +106,8 @@ def frozen_base(settings: FederateSettings, model: PreTrainedModel) -> FrozenBas
             f"{context_length(model)} tokens; make max_length smaller"
         )
     freeze(model)
+    if settings.checkpointing:
+        enable_checkpointing(model)
     sites = _sites(model, settings.graft)
     return FrozenBase(model, settings.adapter, settings.graft, sites, settings.personal)
 

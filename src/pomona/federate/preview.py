@@ -59,7 +59,7 @@ def preview(settings: FederateSettings, rate: float | None = None) -> Federation
     rows = settings.data.load(settings.seed)
     settings.check_clients(list(rows))
     trainers = _trainers(settings, rows)
-    base = frozen_base(_with_any_gate(settings), outline_model(settings.model, settings.dtype))
+    base = frozen_base(_plain(settings), outline_model(settings.model, settings.dtype))
     messages, schedule = _messages(settings, base), _schedule(settings, trainers)
     own = split(messages.state, settings.strategy.shares)[1]
     batch = min(settings.local.batch, max(trainers.values()))
@@ -86,17 +86,21 @@ def preview(settings: FederateSettings, rate: float | None = None) -> Federation
         flops=cost["flops_per_token"],
         memory=_memory(settings, base, messages.state, schedule.cohort, step),
         tokens=schedule.rows * settings.max_length,
+        checkpointing=settings.checkpointing,
         rate=rate or matmul_speed(),
         stated=rate is not None,
     )
 
 
-def _with_any_gate(settings: FederateSettings) -> FederateSettings:
-    """A gate born from a router's row has the shape of one born from zero, and needs no weights."""
+def _plain(settings: FederateSettings) -> FederateSettings:
+    """Return settings of the same shapes: a gate born from a router's row would read its weights.
+
+    Nothing is checkpointed, which has no backward pass to save memory for.
+    """
     graft = settings.graft
-    if graft is None or graft.gate != "router":
-        return settings
-    return replace(settings, graft=replace(graft, gate="zero"))
+    if graft is not None and graft.gate == "router":
+        graft = replace(graft, gate="zero")
+    return replace(settings, graft=graft, checkpointing=False)
 
 
 def _trainers(settings: FederateSettings, rows: Mapping[str, ClientRows]) -> dict[str, int]:
@@ -198,7 +202,8 @@ def _memory(
     held = sum(
         v.nbytes * (4 if v.requires_grad else 1) for v in every
     )  # value, gradient, two moments
-    return Memory(sum(p.nbytes for p in base.model.parameters()), held, step.kept_bytes)
+    weights = sum(p.nbytes for p in base.model.parameters())
+    return Memory(weights, held, step.kept_bytes, step.waiting_bytes + step.layer_bytes)
 
 
 def _count(tensors: Mapping[str, Tensor]) -> int:

@@ -15,17 +15,18 @@ class Memory:
     """Bytes of the base, of a cohort's trained tensors with all that AdamW has of them, of activations.
 
     Activations are what autograd keeps of a step whose rows are all as long as they may be and answers
-    throughout.
+    throughout; `checkpointed` is what it keeps with activation checkpointing.
     """
 
     weights: int
     trained: int
     activations: int
+    checkpointed: int
 
-    @property
-    def peak(self) -> int:
+    def peak(self, checkpointing: bool) -> int:
         """Return all of them together; what single operations and libraries take comes on top."""
-        return self.weights + self.trained + self.activations
+        kept = self.checkpointed if checkpointing else self.activations
+        return self.weights + self.trained + kept
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class FederationEstimate:
     flops: Mapping[str, float]
     memory: Memory
     tokens: int
+    checkpointing: bool
     rate: float
     stated: bool
 
@@ -66,11 +68,11 @@ class FederationEstimate:
     def work(self) -> float:
         """Return the FLOPs of the whole training.
 
-        Forward, and backward through the frozen weights, which have no gradient of their own; what is
-        trained has one.
+        Forward, with checkpointing twice, and backward through the frozen weights, which have no gradient
+        of their own; what is trained has one.
         """
-        added = self.flops["adapter"] + self.flops["graft"]
-        return self.tokens * (2 * self.flops["base"] + 3 * added)
+        added, again = self.flops["adapter"] + self.flops["graft"], int(self.checkpointing)
+        return self.tokens * ((2 + again) * self.flops["base"] + (3 + again) * added)
 
     @property
     def seconds(self) -> float:
@@ -115,9 +117,11 @@ class FederationEstimate:
             f"training: at most {self.tokens:,} tokens, {self.work / 1e12:,.1f} TFLOPs, "
             f"{clock(self.seconds)} at {self.rate / 1e12:,.3g} TFLOP/s ({stated}); selection and "
             "evaluation come on top",
-            f"memory: {_gib(memory.weights)} weights + {_gib(memory.trained)} trained tensors, gradients "
-            f"and moments + at most {_gib(memory.activations)} activations = {_gib(memory.peak)}; single "
-            "operations and libraries come on top",
+            f"memory: {_gib(memory.weights)} weights, {_gib(memory.trained)} trained tensors, gradients "
+            f"and moments; activations at most {_gib(memory.activations)}, with checkpointing "
+            f"{_gib(memory.checkpointed)}",
+            f"peak {_gib(memory.peak(False))}, with checkpointing {_gib(memory.peak(True))} (the recipe "
+            f"has it {'on' if self.checkpointing else 'off'}); single operations and libraries come on top",
         ]
 
 

@@ -5,30 +5,38 @@ and grafts hooked on, not a formula for it. Two operations have stand-ins, becau
 values or keeps what a fused kernel does not: the experts, and scaled dot-product attention.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as fn
 from torch.overrides import TorchFunctionMode
 
 from pomona.federation.cohort import FrozenBase
 from pomona.federation.update import ClientState
+from pomona.models.attachment import Attachment
 from pomona.models.expert_lora import PARTS, expert_change
-from pomona.models.experts import ExpertSite
+from pomona.models.experts import ExpertSite, checkpointable_layers
 from pomona.models.lora import find_tuned_experts
 from pomona.models.routing import experts_call
 
 
 @dataclass(frozen=True)
 class OutlinedStep:
-    """`active` are the experts per token of every site, `kept_bytes` what waits for the backward pass."""
+    """`active` are the experts per token of every site, `kept_bytes` what waits for the backward pass.
+
+    With activation checkpointing `waiting_bytes` do, among them every layer's input, and at most
+    `layer_bytes` of the layer that is computed again.
+    """
 
     active: tuple[int, ...]
     kept_bytes: int
+    waiting_bytes: int
+    layer_bytes: int
 
 
 def outlined_step(base: FrozenBase, state: ClientState, rows: int, length: int) -> OutlinedStep:
@@ -52,17 +60,23 @@ def outlined_step(base: FrozenBase, state: ClientState, rows: int, length: int) 
     meta = torch.device("meta")
     ids_BT = torch.zeros(rows, length, dtype=torch.int64, device=meta)
     mask_BT = torch.ones(rows, 1, length, length, dtype=torch.bool, device=meta)
-    places_BT = ids_BT[:1].expand(rows, -1)
     with (
         attention.attach(replace(state, adapter=without)),
         _FusedAttention(),
         saved_tensors_hooks(kept.see, lambda value: value),
+        _by_layer(base.model, kept) as layers,
     ):
         output = base.model(
-            input_ids=ids_BT, attention_mask=mask_BT, position_ids=places_BT, use_cache=False
+            input_ids=ids_BT, attention_mask=mask_BT, position_ids=ids_BT[:1], use_cache=False
         )
         fn.cross_entropy(output.logits.flatten(0, 1).float(), ids_BT.flatten())
-    return OutlinedStep(tuple(active[site.name] for site in base.sites), kept.bytes)
+    own, inputs = (sum(each) for each in zip(*layers, strict=True)) if layers else (0, 0)
+    return OutlinedStep(
+        tuple(active[site.name] for site in base.sites),
+        kept.bytes,
+        kept.bytes - own + inputs,
+        max((each for each, _ in layers), default=0),
+    )
 
 
 def id_of(value: Tensor) -> int:
@@ -88,6 +102,25 @@ class _Kept:
     @property
     def bytes(self) -> int:
         return sum(value.untyped_storage().nbytes() for value in self._held.values())
+
+
+@contextmanager
+def _by_layer(model: nn.Module, kept: _Kept) -> Generator[list[tuple[int, int]]]:
+    """Collect what every layer keeps and the bytes of its input."""
+    found: list[tuple[int, int]] = []
+    before: list[int] = []
+
+    def enter(_layer: nn.Module, _args: Any) -> None:
+        before.append(kept.bytes)
+
+    def leave(_layer: nn.Module, args: tuple[Tensor, ...], _output: Any) -> None:
+        found.append((kept.bytes - before.pop(), args[0].nbytes))
+
+    layers = checkpointable_layers(model)
+    handles = [layer.register_forward_pre_hook(enter) for layer in layers]
+    handles += [layer.register_forward_hook(leave) for layer in layers]
+    with Attachment(tuple(handles)):
+        yield found
 
 
 def _one_for_all(

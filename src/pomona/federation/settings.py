@@ -46,7 +46,8 @@ class FederateSettings:
     graft and train when it is over (`finish`). `personal` is a private LoRA beside the shared adapter;
     `pooled` trains one model on everybody's rows, the ceiling. `warm_start` is a PEFT folder that the
     adapter begins as; with it `rounds` may be 0, when everybody is a newcomer to what was shared. `ranks` gives
-    some clients an adapter of a smaller rank.
+    some clients an adapter of a smaller rank. With `checkpointing` a layer's activations are computed again
+    in the backward pass: less memory, a third more work.
     """
 
     model: str = field(metadata={"path": True})
@@ -61,6 +62,7 @@ class FederateSettings:
     pooled: bool = False
     cohort: int = 16
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    checkpointing: bool = False
     template: Template = field(default_factory=Alpaca)
     max_length: int = 512
     adapter: LoRA = field(default_factory=LoRA)
