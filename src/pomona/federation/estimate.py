@@ -126,7 +126,7 @@ class FederationEstimate:
 
 
 def _mb(size: float) -> str:
-    return f"{size / 1e6:,.4g} MB"
+    return f"{size / 1e6:.4g} MB" if size < 1e9 else f"{size / 1e9:,.2f} GB"
 
 
 def _gib(size: float) -> str:
