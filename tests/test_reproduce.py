@@ -108,7 +108,7 @@ def test_every_command_runs_dry_on_a_tiny_model(
 
 
 def test_both_recipes_are_flex_as_published(rows):
-    """They differ from flex-faithful in their model and in what fits a smaller memory."""
+    """They differ from flex-faithful in their model, in what fits a smaller memory, and in asking MMLU."""
     from dataclasses import replace
 
     faithful = read_recipe(ROOT / "recipes/flex-faithful.toml", FederateSettings)
@@ -120,5 +120,12 @@ def test_both_recipes_are_flex_as_published(rows):
             model=own.model,
             cohort=1,
             checkpointing=True,
-            evaluation=replace(faithful.evaluation, batch=4),
+            evaluation=replace(
+                faithful.evaluation,
+                batch=4,
+                tasks=("mmlu",),
+                task_data=own.data.train.parents[1] / "mmlu",
+                fewshot=5,
+                limit=0,
+            ),
         )

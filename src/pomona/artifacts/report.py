@@ -15,6 +15,7 @@ from pomona.artifacts.sections.forgetting import forgetting
 from pomona.artifacts.sections.holdings import holdings
 from pomona.artifacts.sections.judged import judged
 from pomona.artifacts.sections.privacy import privacy
+from pomona.artifacts.sections.tasks import tasks
 from pomona.errors import PomonaError
 from pomona.files import write_text
 
@@ -51,6 +52,7 @@ def page(
         convergence(runs),
         experts(runs),
         forgetting(runs, baseline),
+        tasks(runs),
         judged(judgements),
         cost(runs),
         privacy(runs),

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pomona.artifacts.run import RunDirectory
 from pomona.data.examples import Example, encode, padding_id
 from pomona.errors import PomonaError
+from pomona.evaluation.tasks import installed_harness
 from pomona.federation.clients import ClientRows
 from pomona.federation.cohort import FrozenBase
 from pomona.federation.forgetting import held_out_windows
@@ -45,6 +46,7 @@ class Federation:
     train: Mapping[str, Sequence[Example]]
     test: Mapping[str, Sequence[Example]]
     held_out: Mapping[str, Tokens]
+    tasks: Any
     progress: Progress
     tell: Tell
     holdings: Holdings
@@ -92,6 +94,7 @@ def prepare(
         _trainers(settings, {name: encoded(client.train) for name, client in rows.items()}),
         {name: encoded(client.test[:limit]) for name, client in rows.items()},
         _held_out(settings, tokenizer),
+        _tasks(settings),
         progress,
         tell,
         holdings,
@@ -129,6 +132,15 @@ def _held_out(
     if source is None:
         return {}
     return held_out_windows(source, tokenizer, settings.max_length, limit)
+
+
+def _tasks(settings: FederateSettings) -> Any:
+    """Return the harness's tasks with their data, or None: what is wrong with them shows at once."""
+    asked = settings.evaluation
+    if not asked.tasks:
+        return None
+    given = (asked.tasks, asked.task_data, asked.fewshot, "evaluation.task_data")
+    return installed_harness().prepare_tasks(*given)
 
 
 def _sites(model: Any, graft: Graft | None) -> tuple[ExpertSite, ...]:
