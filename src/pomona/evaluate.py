@@ -16,7 +16,7 @@ from pomona.errors import PomonaError
 from pomona.evaluation.experts import ExpertLoad, expert_load
 from pomona.evaluation.loss import RowLoss, perplexity, window_losses
 from pomona.evaluation.speed import Speed, generation_speeds
-from pomona.evaluation.tasks import TaskResults
+from pomona.evaluation.tasks import TaskResults, installed_harness
 from pomona.federation.measure import Evaluation, answers_of, loss_summary, losses_of
 from pomona.models.experts import ExpertSite, find_expert_sites
 from pomona.models.loading import context_length, load_model, load_tokenizer
@@ -132,20 +132,14 @@ def on_tasks(
     Raises `PomonaError` when the `eval` extra is not installed or a task cannot be run.
     """
     _check_least(("limit", limit, 0), ("fewshot", fewshot or 0, 0))
-    try:
-        from pomona.evaluation.harness import prepare_tasks, run_tasks
-    except ModuleNotFoundError as error:
-        raise PomonaError(
-            f"tasks need the LM evaluation harness ({error.name} is not installed); "
-            "run pip install 'pomona[eval]'"
-        ) from error
+    harness = installed_harness()
     progress("loading tasks", 0, 1)
-    prepared = prepare_tasks(tasks, data, fewshot)
+    prepared = harness.prepare_tasks(tasks, data, fewshot)
     progress("loading tasks", 1, 1)
     base, state = open_personal(personal)
     tokenizer = load_tokenizer(personal.source)
     with base.attach_one(state):
-        return run_tasks(base.model, tokenizer, prepared, limit, progress)
+        return harness.run_tasks(base.model, tokenizer, prepared, limit, progress)
 
 
 def speed(

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from pomona.artifacts.inputs import Inputs
-from pomona.artifacts.results import FORGETTING, MODELS, SPEED, SpeedFile, of_model, read_results
+from pomona.artifacts.results import (
+    FORGETTING,
+    MODELS,
+    SPEED,
+    TASKS,
+    SpeedFile,
+    of_model,
+    read_results,
+)
 from pomona.artifacts.run import read_about
 from pomona.errors import PomonaError
 from pomona.evaluation.exact import exact_match
@@ -19,8 +27,8 @@ from pomona.files import damaged, digest_of, read_as
 class FinishedRun:
     """What a run directory tells once it is finished.
 
-    `test_rows` is the digest of every client's test rows; `forgetting` and `speed` are there if the
-    recipe asked for them.
+    `test_rows` is the digest of every client's test rows; `forgetting`, `tasks` and `speed` are there if
+    the recipe asked for them.
     """
 
     path: Path
@@ -34,6 +42,7 @@ class FinishedRun:
     test_rows: Mapping[str, str] = field(repr=False)
     forgetting: Sequence[Mapping[str, Any]] = field(default=(), repr=False)
     speed: SpeedFile | None = field(default=None, repr=False)
+    tasks: Sequence[Mapping[str, Any]] = field(default=(), repr=False)
 
     @property
     def served(self) -> str:
@@ -106,6 +115,7 @@ def _load(path: Path) -> FinishedRun:
         {name: own["test"] for name, own in inputs.clients.items()},
         _lines(path / FORGETTING) if FORGETTING in results["files"] else (),
         read_as(path / SPEED, SpeedFile) if (path / SPEED).is_file() else None,
+        _lines(path / TASKS) if TASKS in results["files"] else (),
     )
 
 

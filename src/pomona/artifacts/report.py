@@ -16,6 +16,7 @@ from pomona.artifacts.sections.holdings import holdings
 from pomona.artifacts.sections.judged import judged
 from pomona.artifacts.sections.newcomers import newcomers
 from pomona.artifacts.sections.privacy import privacy
+from pomona.artifacts.sections.tasks import tasks
 from pomona.errors import PomonaError
 from pomona.files import write_text
 
@@ -53,6 +54,7 @@ def page(
         experts(runs),
         forgetting(runs, baseline),
         newcomers(runs, baseline),
+        tasks(runs),
         judged(judgements),
         cost(runs),
         privacy(runs),

@@ -18,6 +18,7 @@ from pomona.files import damaged, read_as, read_object
 from pomona.models.experts import ExpertSite
 
 FORGETTING = "forgetting.jsonl"
+TASKS = "tasks.jsonl"
 SPEED = "speed.json"
 MODELS = ("base", "shared", "personal")
 

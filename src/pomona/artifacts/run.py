@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pomona.artifacts.about import read_about, write_about
 from pomona.artifacts.inputs import Inputs, difference
-from pomona.artifacts.results import FORGETTING, SPEED, SpeedFile, read_results
+from pomona.artifacts.results import FORGETTING, SPEED, TASKS, SpeedFile, read_results
 from pomona.errors import PomonaError
 from pomona.evaluation.speed import Speed
 from pomona.federation.strategies import ServerState
@@ -197,6 +197,10 @@ class RunDirectory:
         """Write the losses of held-out text, window by window."""
         self._write_lines(FORGETTING, windows)
 
+    def write_tasks(self, metrics: Sequence[Mapping[str, Any]]) -> None:
+        """Write what the harness measured, metric by metric."""
+        self._write_lines(TASKS, metrics)
+
     def write_speed(self, client: str, speeds: Mapping[str, Speed]) -> None:
         """Write how fast the base and a client's model generate; like all times, never twice the same."""
         timed = SpeedFile(client, dict(speeds))
@@ -207,7 +211,7 @@ class RunDirectory:
 
         Returns them with the digests of the files they were drawn from, as they are read back.
         """
-        kept = (*_KEPT, *(name for name in (FORGETTING,) if (self.path / name).is_file()))
+        kept = (*_KEPT, *(name for name in (FORGETTING, TASKS) if (self.path / name).is_file()))
         files = {name: digest_of(self.path / name) for name in kept}
         write_json(self.path / "results.json", {**results, "files": files})
         shutil.rmtree(self.path / "checkpoint", ignore_errors=True)

@@ -1,26 +1,52 @@
 """`pomona federate`."""
 
 import sys
+from math import inf
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from pomona.errors import PomonaError
+
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML file of the federation.")]
-Out = Annotated[Path, typer.Option("--out", metavar="RUN", help="Run folder, new or to go on.")]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="RUN", help="Run folder, new or to go on; --dry-run needs none."),
+]
 Model = Annotated[
     str | None, typer.Option("--model", help="Use this model, not the recipe's.", metavar="MODEL")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Only tell what it would send, keep and cost.")
+]
+Rate = Annotated[
+    float | None,
+    typer.Option(
+        "--tflops",
+        metavar="RATE",
+        help="With --dry-run: the TFLOP/s a machine sustains; else this one's are timed.",
+    ),
 ]
 Seed = Annotated[int | None, typer.Option("--seed", help="Use this seed, not the recipe's.")]
 
 
-def federate(recipe: Recipe, out: Out, model: Model = None, seed: Seed = None) -> None:
+def federate(
+    recipe: Recipe,
+    out: Out = None,
+    model: Model = None,
+    seed: Seed = None,
+    dry_run: DryRun = False,
+    tflops: Rate = None,
+) -> None:
     """Tune a model across clients that share only LoRA.
 
     RECIPE names the model, the clients' rows and the method. RUN gets metrics, answers and results,
     the shared part as a PEFT adapter and one graft folder per client; a graft never leaves its
-    client. An interrupted run goes on with the same command.
+    client. An interrupted run goes on with the same command. --dry-run reads the rows and the model's
+    config.json, and writes nothing.
     """
+    _check_options(out, dry_run, tflops)
     from pomona.artifacts.run import RunDirectory
     from pomona.cli.console import console, print_comparison, progress_bars
     from pomona.federate import federate as run_federation
@@ -29,6 +55,13 @@ def federate(recipe: Recipe, out: Out, model: Model = None, seed: Seed = None) -
 
     absolute = str(Path(model).resolve()) if model and Path(model).exists() else model
     settings = read_recipe(recipe, FederateSettings, {"model": absolute, "seed": seed})
+    if dry_run:
+        from pomona.federate.preview import preview
+
+        told = preview(settings, None if tflops is None else 1e12 * tflops)
+        console.print(str(told))
+        return
+    assert out is not None
     about = {"command": ["pomona", *sys.argv[1:]], "method": settings.name, "seed": settings.seed}
     before = _entries(out)
     with RunDirectory.open(out, dump(settings), about) as run, progress_bars() as progress:
@@ -39,6 +72,15 @@ def federate(recipe: Recipe, out: Out, model: Model = None, seed: Seed = None) -
             raise
     print_comparison([out])
     console.print(f"results in {out}; as a page: pomona report {out} --out report.html")
+
+
+def _check_options(out: Path | None, dry_run: bool, tflops: float | None) -> None:
+    if out is None and not dry_run:
+        raise typer.BadParameter("it names the run folder", param_hint="--out")
+    if tflops is not None and not dry_run:
+        raise PomonaError("--tflops goes with --dry-run; give both or neither")
+    if tflops is not None and not 0 < tflops < inf:
+        raise PomonaError(f"--tflops {tflops} is no rate; give a positive number")
 
 
 def _entries(out: Path) -> set[Path] | None:

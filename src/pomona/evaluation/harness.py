@@ -37,21 +37,23 @@ _SEED = 1234  # the harness's own default for drawing examples
 
 
 def prepare_tasks(
-    tasks: Sequence[str], data: Path | None = None, fewshot: int | None = None
+    tasks: Sequence[str],
+    data: Path | None = None,
+    fewshot: int | None = None,
+    key: str = "--data",
 ) -> TaskDict:
     """Load tasks with their data: by name, or by the path of a task's YAML.
 
-    `data` is what the local tasks read. `fewshot` is the number of examples before a question, else
-    the task's own or none. Raises `PomonaError` for a task that is unknown or whose data cannot be
-    had.
+    `data` is what the local tasks read, and `key` how the user names it. `fewshot` is the number of
+    examples before a question, else the task's own or none. Raises `PomonaError` for a task that is unknown
+    or whose data cannot be had.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with redirect_stderr(StringIO()):  # progress bars of the harness and of datasets
-        prepared = _load(tasks, data, fewshot or 0)
+        prepared = _load(tasks, data, fewshot or 0, key)
     for task in cast(dict[str, Any], prepared["tasks"]).values():
         if fewshot is not None or task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=fewshot or 0)
-        task.set_fewshot_seed(seed=_SEED)
     return prepared
 
 
@@ -64,9 +66,12 @@ def run_tasks(
 ) -> TaskResults:
     """Measure what `prepare_tasks` loaded; whatever is hooked onto the model counts.
 
+    Every call draws the same examples, so that models one after the other answer the same questions.
     `limit` is the number of questions per task, 0 for all. Raises `PomonaError` when a task cannot
     be run.
     """
+    for task in cast(dict[str, Any], prepared["tasks"]).values():
+        task.set_fewshot_seed(seed=_SEED)
     wrapped = _Wrapped(model, tokenizer, progress)
     try:
         with redirect_stderr(StringIO()):
@@ -130,14 +135,14 @@ class _Told(CacheHook):
         self._finished()
 
 
-def _load(tasks: Sequence[str], data: Path | None, fewshot: int) -> TaskDict:
+def _load(tasks: Sequence[str], data: Path | None, fewshot: int, key: str) -> TaskDict:
     """Build the tasks; only the harness's own are looked up in its index, which takes seconds."""
     if not tasks:
-        raise PomonaError("name a task, such as mmlu or multiple_choice with --data")
+        raise PomonaError(f"name a task, such as mmlu or multiple_choice with {key}")
     if data is None and "multiple_choice" in tasks:
-        raise PomonaError("the task multiple_choice reads a local file; name it with --data")
+        raise PomonaError(f"the task multiple_choice reads a local file; name it with {key}")
     if data is not None and not set(LOCAL) & set(tasks):
-        raise PomonaError(f"--data is read by {' and '.join(LOCAL)} only; leave it out")
+        raise PomonaError(f"{key} is read by {' and '.join(LOCAL)} only; leave it out")
     specs = [_local(task, data, fewshot) if data and task in LOCAL else task for task in tasks]
     named = [spec for spec in specs if isinstance(spec, str) and not Path(spec).is_file()]
     index = TaskManager(include_defaults=bool(named))
@@ -152,7 +157,7 @@ def _load(tasks: Sequence[str], data: Path | None, fewshot: int) -> TaskDict:
     except Exception as error:  # whatever a task's own loading may raise
         raise PomonaError(
             f"cannot load {', '.join(tasks)}: {_first_line(error)}; the data must be here or reachable "
-            f"({' and '.join(LOCAL)} read local files with --data)"
+            f"({' and '.join(LOCAL)} read local files with {key})"
         ) from error
 
 

@@ -1,6 +1,7 @@
 """Before the first round: every client chooses its experts and gives birth to what is private."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from pomona.errors import PomonaError
 from pomona.federate.evaluate import loss_line, measured
 from pomona.federate.prepare import Federation
 from pomona.federation.graft import Graft, choose_experts
-from pomona.federation.strategies import Corrects
+from pomona.federation.strategies import Corrects, Strategy
 from pomona.federation.update import ClientState, split
 from pomona.seeds import seed_of
 
@@ -20,23 +21,30 @@ from pomona.seeds import seed_of
 def begin(federation: Federation) -> Snapshot:
     """Choose every client's experts, give birth to its private state, measure the untuned base."""
     settings, base = federation.settings, federation.base
-    adapter = _first_adapter(federation)
-    own_adapter = split(ClientState(adapter), settings.strategy.shares)[1].adapter
-    shared = {name: value for name, value in adapter.items() if name not in own_adapter}
     strategy = settings.strategy
-    memory = strategy.birth(shared) if isinstance(strategy, Corrects) else {}
+    shared, own = dealt(strategy, _first_adapter(federation))
     clients: dict[str, ClientState] = {}
     for done, name in enumerate(federation.train):
         federation.progress("grafting", done, len(federation.train))
         graft = base.init_graft(settings.seed, name, _select(federation, name))
         personal = base.init_personal(settings.seed, name)
-        clients[name] = ClientState(own_adapter, graft, personal, memory)
+        clients[name] = replace(own, graft=graft, personal=personal)
     federation.progress("grafting", len(clients), len(clients))
     metrics = [
         loss_line(0, "base", name, measured(federation, name, ClientState()))
         for name in federation.test
     ]
     return federation.run.commit(None, 0, strategy.init(shared), clients, metrics)
+
+
+def dealt(
+    strategy: Strategy, adapter: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], ClientState]:
+    """Return of a first adapter what the server has, and what every client does: its part, its memory."""
+    own = split(ClientState(adapter), strategy.shares)[1].adapter
+    shared = {name: value for name, value in adapter.items() if name not in own}
+    memory = strategy.birth(shared) if isinstance(strategy, Corrects) else {}
+    return shared, ClientState(own, memory=memory)
 
 
 def _first_adapter(federation: Federation) -> dict[str, Tensor]:

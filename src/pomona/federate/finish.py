@@ -13,7 +13,7 @@ from pomona.artifacts.run import Snapshot
 from pomona.federate.evaluate import loss_line, measured, models_of
 from pomona.federate.prepare import Federation
 from pomona.federation.cost import cost_of
-from pomona.federation.forgetting import forgetting_lines
+from pomona.federation.forgetting import forgetting_lines, task_lines
 from pomona.federation.measure import Measured, answers_of, speed_of
 from pomona.federation.update import ClientState, join
 
@@ -54,23 +54,35 @@ def finish(federation: Federation, snapshot: Snapshot) -> dict[str, Any]:
 def _write_options(
     federation: Federation, shared: Mapping[str, Tensor], private: Mapping[str, ClientState]
 ) -> None:
-    """Measure what is measured on demand: forgetting, speed."""
+    """Measure what is measured on demand: forgetting, tasks, speed."""
     base, evaluation = federation.base, federation.settings.evaluation
     if federation.held_out:
-        models: list[tuple[str, str | None, ClientState]] = [("base", None, ClientState())]
-        for name, own in private.items():
-            served = models_of(federation, federation.owner(name), shared, own)
-            if "shared" in served and len(models) == 1:
-                models.append(("shared", None, served["shared"]))
-            if "personal" in served:
-                models.append(("personal", name, served["personal"]))
+        models = _every_model(federation, shared, private)
         lines = forgetting_lines(base, models, federation.held_out, evaluation.batch)
         federation.run.write_forgetting(list(lines))
+    if federation.tasks is not None:
+        models = _every_model(federation, shared, private)
+        asked = (federation.tokenizer, federation.tasks, evaluation.limit, federation.progress)
+        federation.run.write_tasks(list(task_lines(base, models, *asked)))
     if evaluation.speed:
         name, own = next(iter(private.items()))
         length = federation.settings.max_length - evaluation.new_tokens
         speed = speed_of(base, join(shared, own), length, evaluation.new_tokens)
         federation.run.write_speed(name, speed)
+
+
+def _every_model(
+    federation: Federation, shared: Mapping[str, Tensor], private: Mapping[str, ClientState]
+) -> list[tuple[str, str | None, ClientState]]:
+    """Return (model, client, state); the client is None for what all clients have."""
+    models: list[tuple[str, str | None, ClientState]] = [("base", None, ClientState())]
+    for name, own in private.items():
+        served = models_of(federation, federation.owner(name), shared, own)
+        if "shared" in served and len(models) == 1:
+            models.append(("shared", None, served["shared"]))
+        if "personal" in served:
+            models.append(("personal", name, served["personal"]))
+    return models
 
 
 def _publish(

@@ -5,18 +5,25 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pomona.artifacts.run import RunDirectory
 from pomona.data.examples import Example, encode, padding_id
 from pomona.errors import PomonaError
+from pomona.evaluation.tasks import installed_harness
 from pomona.federation.clients import ClientRows
 from pomona.federation.cohort import FrozenBase
 from pomona.federation.forgetting import held_out_windows
 from pomona.federation.holdings import Holdings
 from pomona.federation.settings import FederateSettings
 from pomona.federation.update import ClientState, join
-from pomona.models.experts import ExpertSite, expert_sites_if_any, find_expert_sites, freeze
+from pomona.models.experts import (
+    ExpertSite,
+    enable_checkpointing,
+    expert_sites_if_any,
+    find_expert_sites,
+    freeze,
+)
 from pomona.models.loading import context_length, load_model, load_tokenizer
 from pomona.models.lora import narrowed, of_rank
 from pomona.progress import Progress, Tell
@@ -40,6 +47,7 @@ class Federation:
     held_back: Mapping[str, Sequence[Example]]
     test: Mapping[str, Sequence[Example]]
     held_out: Mapping[str, Tokens]
+    tasks: Any
     progress: Progress
     tell: Tell
     holdings: Holdings
@@ -71,19 +79,7 @@ def prepare(
 ) -> Federation:
     """Load the model, encode every row; raises `PomonaError` for what does not go together."""
     tokenizer = load_tokenizer(settings.model)
-    model = load_model(settings.model, settings.dtype)
-    if settings.max_length > context_length(model):
-        raise PomonaError(
-            f"max_length {settings.max_length} is longer than the context of {settings.model}, "
-            f"{context_length(model)} tokens; make max_length smaller"
-        )
-    freeze(model)
-    together = settings.shared_expert
-    sites = _sites(model, needed=settings.graft is not None or together is not None)
-    expert = together.on(model, sites) if together is not None else None
-    for training in (settings.local, *([settings.finish.training] if settings.finish else [])):
-        balance_weight(model, sites, training.router_loss)
-    base = FrozenBase(model, settings.adapter, settings.graft, sites, settings.personal, expert)
+    base = frozen_base(settings, load_model(settings.model, settings.dtype))
     limit = settings.evaluation.rows or None
 
     def encoded(which: Sequence[Any]) -> list[Example]:
@@ -102,6 +98,7 @@ def prepare(
         _trainers(settings, held_back),
         {name: encoded(client.test[:limit]) for name, client in rows.items()},
         _held_out(settings, tokenizer),
+        _tasks(settings),
         progress,
         tell,
         holdings,
@@ -117,6 +114,24 @@ def _held_back(
         return train, dict.fromkeys(train, ())
     dealt = {name: stop.hold_back(settings.seed, name, own) for name, own in train.items()}
     return {n: own for n, (own, _) in dealt.items()}, {n: kept for n, (_, kept) in dealt.items()}
+
+
+def frozen_base(settings: FederateSettings, model: PreTrainedModel) -> FrozenBase:
+    """Freeze a model that is loaded or outlined; raises `PomonaError` if it does not fit the recipe."""
+    if settings.max_length > context_length(model):
+        raise PomonaError(
+            f"max_length {settings.max_length} is longer than the context of {settings.model}, "
+            f"{context_length(model)} tokens; make max_length smaller"
+        )
+    freeze(model)
+    if settings.checkpointing:
+        enable_checkpointing(model)
+    together = settings.shared_expert
+    sites = _sites(model, needed=settings.graft is not None or together is not None)
+    expert = together.on(model, sites) if together is not None else None
+    for training in (settings.local, *([settings.finish.training] if settings.finish else [])):
+        balance_weight(model, sites, training.router_loss)
+    return FrozenBase(model, settings.adapter, settings.graft, sites, settings.personal, expert)
 
 
 def _trainers(
@@ -136,6 +151,15 @@ def _held_out(
     if source is None:
         return {}
     return held_out_windows(source, tokenizer, settings.max_length, limit)
+
+
+def _tasks(settings: FederateSettings) -> Any:
+    """Return the harness's tasks with their data, or None: what is wrong with them shows at once."""
+    asked = settings.evaluation
+    if not asked.tasks:
+        return None
+    given = (asked.tasks, asked.task_data, asked.fewshot, "evaluation.task_data")
+    return installed_harness().prepare_tasks(*given)
 
 
 def _sites(model: Any, needed: bool) -> tuple[ExpertSite, ...]:

@@ -54,7 +54,7 @@ def train_round(federation: Federation, snapshot: Snapshot, round_: int) -> Snap
         metrics.append(_training_line(round_, name, trained))
     protected, spent = _protect(federation, snapshot, updates, round_, len(chosen))
     server = strategy.aggregate(snapshot.server, protected)
-    sent = _sent(strategy, snapshot.server)
+    sent = sent_to_clients(strategy, snapshot.server)
     messages = {name: federation.sends(name, sent) for name in chosen}
     metrics += [communication(round_, messages, updates), *spent]
     metrics += _spent_on_rows(federation, settings.local, private, round_)
@@ -144,7 +144,7 @@ def _training_line(round_: int, name: str, trained: Trained) -> dict[str, Any]:
     return {"round": round_, "model": "training", "client": name, "losses": trained.losses}
 
 
-def _sent(strategy: Strategy, server: ServerState) -> dict[str, Tensor]:
+def sent_to_clients(strategy: Strategy, server: ServerState) -> dict[str, Tensor]:
     """Return what goes to every client: what can have changed since the last round."""
     memory = server.memory if isinstance(strategy, Corrects) else {}
     changed = {n: v for n, v in server.shared.items() if not within(n, frozen_part(strategy))}

@@ -1,4 +1,4 @@
-"""What was forgotten: the loss of held-out text under the untuned, the shared and personal models."""
+"""What was forgotten: held-out text and tasks under the untuned, the shared and the personal models."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,8 +9,10 @@ from transformers import PreTrainedTokenizerBase
 from pomona.data.texts import consecutive_windows, has_held_out, read_domains
 from pomona.errors import PomonaError
 from pomona.evaluation.loss import window_losses
+from pomona.evaluation.tasks import TaskResults, installed_harness
 from pomona.federation.cohort import FrozenBase
 from pomona.federation.update import ClientState
+from pomona.progress import Progress, silent
 from pomona.shapes import Tokens
 
 
@@ -59,3 +61,36 @@ def forgetting_lines(
                         "nats": loss.nats,
                         "tokens": loss.tokens,
                     }
+
+
+def task_lines(
+    base: FrozenBase,
+    models: Iterable[tuple[str, str | None, ClientState]],
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Any,
+    limit: int,
+    progress: Progress = silent,
+) -> Iterable[dict[str, Any]]:
+    """Yield every metric of every task under every (model, client, state), as the harness has it.
+
+    `tasks` is what `harness.prepare_tasks` returned. `error` is the standard error, None where a metric has
+    none, `cut` how many requests of all tasks were longer than the context and lost their beginning.
+    """
+    run_tasks = installed_harness().run_tasks
+    for model, client, state in models:
+        with base.attach_one(state):
+            found: TaskResults = run_tasks(base.model, tokenizer, tasks, limit, progress)
+        for task, own in found.tasks.items():
+            for metric, value in own.metrics.items():
+                yield {
+                    "model": model,
+                    "client": client,
+                    "task": task,
+                    "metric": metric,
+                    "value": value,
+                    "error": own.errors[metric],
+                    "questions": own.questions,
+                    "fewshot": own.fewshot,
+                    "cut": found.cut,
+                    "harness": found.harness,
+                }

@@ -145,6 +145,17 @@ def init_graft(
     return tensors
 
 
+def expert_indices(
+    sites: Sequence[ExpertSite], graft: Graft, experts: Sequence[Sequence[int]]
+) -> dict[str, Tensor]:
+    """Return of a graft's tensors those that say which experts it grew from: `NAME.expert` []."""
+    return {
+        f"{prefix}expert": torch.tensor(expert)
+        for site, chosen in zip(sites, experts, strict=True)
+        for prefix, expert in zip(_prefixes(site, graft.count), chosen, strict=True)
+    }
+
+
 def _prefixes(site: ExpertSite, count: int) -> list[str]:
     """A single graft has no number, so that its folder is what it was before there were several."""
     return [f"{site.name}."] if count == 1 else [f"{site.name}.{i}." for i in range(count)]

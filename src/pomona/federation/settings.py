@@ -50,7 +50,8 @@ class FederateSettings:
     `pooled` trains one model on everybody's rows, the ceiling. `warm_start` is a PEFT folder that the
     adapter begins as; with it `rounds` may be 0, when everybody is a newcomer to what was shared. `ranks` gives
     some clients an adapter of a smaller rank. `shared_expert` adds to the adapter one more expert per layer,
-    which everybody trains together.
+    which everybody trains together. With `checkpointing` a layer's activations are computed again
+    in the backward pass: less memory, a third more work.
     """
 
     model: str = field(metadata={"path": True})
@@ -65,6 +66,7 @@ class FederateSettings:
     pooled: bool = False
     cohort: int = 16
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    checkpointing: bool = False
     template: Template = field(default_factory=Alpaca)
     max_length: int = 512
     adapter: LoRA = field(default_factory=LoRA)

@@ -18,6 +18,7 @@ from pomona.federation.graft import (
     GraftWeights,
     attach_graft,
     choose_experts,
+    expert_indices,
     init_graft,
 )
 from pomona.federation.selection.same import SameExpert
@@ -93,8 +94,7 @@ class SharedExpert:
 
     def indices(self, sites: Sequence[ExpertSite]) -> dict[str, Tensor]:
         """Return the experts it grows from as tensors of a graft [], by name."""
-        born = init_graft(sites, self.graft, self.experts, torch.Generator())
-        return {n: v for n, v in born.items() if n.endswith(".expert")}
+        return expert_indices(sites, self.graft, self.experts)
 
 
 def lora_part(adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:

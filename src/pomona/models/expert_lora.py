@@ -59,7 +59,7 @@ def _hook(site: ExpertSite, scaling: float, tensors: Mapping[str, Tensor]) -> Ca
             if len(token_Z) == 0:
                 continue
             one = {part: (a[:, expert], b[:, expert]) for part, (a, b) in pairs.items()}
-            change_ZD = _change(site, expert, scaling, one, x_ND[token_Z], token_Z // each)
+            change_ZD = expert_change(site, expert, scaling, one, x_ND[token_Z], token_Z // each)
             weighted_ZD = weight_NK[token_Z, place_Z].unsqueeze(1) * change_ZD
             added_ND = added_ND.index_add(0, token_Z, weighted_ZD.to(added_ND.dtype))
         return output + added_ND.reshape(output.shape).to(output.dtype)
@@ -67,7 +67,7 @@ def _hook(site: ExpertSite, scaling: float, tensors: Mapping[str, Tensor]) -> Ca
     return hook
 
 
-def _change(
+def expert_change(
     site: ExpertSite,
     expert: int,
     scaling: float,

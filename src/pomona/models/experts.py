@@ -209,7 +209,7 @@ def enable_checkpointing(model: nn.Module) -> None:
     children, on which dropout and routing noise depend, stay off. Raises `PomonaError` when no
     layer of the model can be checkpointed.
     """
-    layers = _checkpointable(model)
+    layers = checkpointable_layers(model)
     if not layers:
         raise PomonaError(
             f"{type(model).__name__} has no layer that can be computed again in the backward pass; "
@@ -227,9 +227,10 @@ def enable_checkpointing(model: nn.Module) -> None:
 
 
 def _follow_autograd(model: nn.Module, _args: tuple[object, ...]) -> None:
-    for layer in _checkpointable(model):
+    for layer in checkpointable_layers(model):
         layer.training = torch.is_grad_enabled()
 
 
-def _checkpointable(model: nn.Module) -> list[GradientCheckpointingLayer]:
+def checkpointable_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
+    """Return the layers whose activations can be computed again."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

@@ -4,8 +4,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -41,13 +43,34 @@ def load_model(
             **(placing or {}),
         )
     except StrictDataclassError as error:  # a field of config.json has the wrong type
-        told = " ".join(str(error).split())
-        raise PomonaError(f"{source}: config.json is wrong: {told}; repair it") from error
+        raise _wrong_config(source, error) from error
     except Exception as error:  # whatever a config says, its family fails in a way of its own
         raise PomonaError(f"cannot load a model from {source}: {_why(error, config)}") from error
     model, found = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
     _check_complete(source, found)
     return model
+
+
+def outline_model(source: str | Path, dtype: Dtype = "auto") -> PreTrainedModel:
+    """Return a checkpoint's model on the meta device: every module and shape, no weight.
+
+    A folder with config.json alone is enough, and of a Hub id no other file is fetched. Raises
+    `PomonaError` as `load_model` does.
+    """
+    folder = _config_folder(source)
+    config = read_object(folder / "config.json")
+    try:
+        made = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        kind = (made.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(made, dtype=kind, trust_remote_code=False)
+    except StrictDataclassError as error:
+        raise _wrong_config(source, error) from error
+    except Exception as error:  # as above
+        raise PomonaError(
+            f"cannot make out the model of {source}: {_why(error, config)}"
+        ) from error
+    return cast(PreTrainedModel, model)
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
@@ -76,6 +99,19 @@ def checkpoint_folder(model: str | Path) -> Path:
 
     Raises `PomonaError` when `model` is neither.
     """
+    wanted = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+    return _fetched(model, wanted, ["consolidated*", "original/*"])  # the same weights once more
+
+
+def _config_folder(model: str | Path) -> Path:
+    """Return a local folder with a model's config.json, of a Hub id nothing else."""
+    folder = _fetched(model, ["config.json"], [])
+    if not (folder / "config.json").is_file():
+        raise PomonaError(f"{folder} is no checkpoint folder: it holds no config.json")
+    return folder
+
+
+def _fetched(model: str | Path, wanted: list[str], unwanted: list[str]) -> Path:
     folder = Path(model)
     if folder.is_dir():
         return folder
@@ -84,13 +120,7 @@ def checkpoint_folder(model: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(
-                str(model),
-                allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"],
-                ignore_patterns=["consolidated*", "original/*"],  # the same weights once more
-            )
-        )
+        return Path(snapshot_download(str(model), allow_patterns=wanted, ignore_patterns=unwanted))
     except Exception as error:
         raise PomonaError(
             f"{model} is not a folder, and as a Hub id it cannot be fetched "
@@ -127,6 +157,11 @@ def _check_complete(source: str | Path, found: Mapping[str, Any]) -> None:
             f'{source} holds the tensor "{unexpected[0]}", which the model of its config.json does not '
             f"have ({len(unexpected)} such tensors); repair config.json, or take the checkpoint it is of"
         )
+
+
+def _wrong_config(source: str | Path, error: Exception) -> PomonaError:
+    told = " ".join(str(error).split())
+    return PomonaError(f"{source}: config.json is wrong: {told}; repair it")
 
 
 def _why(error: Exception, config: Mapping[str, Any]) -> str:

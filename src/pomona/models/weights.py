@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, cast
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -16,6 +17,13 @@ from pomona.files import atomic_file, damaged, follow_umask, read_object, write_
 SHARD_BYTES = 2_000_000_000
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_KINDS = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+}
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,22 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(str(path))
     except SafetensorError as error:
         raise damaged(path, error) from error
+
+
+def serialized_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Return how long tensors are as safetensors, header included, from their shapes and types alone.
+
+    The header is JSON without spaces, filled up to a multiple of eight bytes.
+    """
+    header: dict[str, object] = {}
+    end = 0
+    for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
+        tensor, start = tensors[name], end
+        end += tensor.numel() * tensor.element_size()
+        shape, span = list(tensor.shape), [start, end]
+        header[name] = {"dtype": _KINDS[tensor.dtype], "shape": shape, "data_offsets": span}
+    told = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return 8 + -(-len(told) // 8) * 8 + end
 
 
 def tensor_spans(path: Path) -> tuple[bytes, list[tuple[int, int]]]:

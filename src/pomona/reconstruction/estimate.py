@@ -4,10 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import count
 from math import prod
-from time import perf_counter
 
-import torch
-
+from pomona.evaluation.work import clock, matmul_speed
 from pomona.models.dense import DenseFamily, MixtureSizes, container_of
 from pomona.models.placement import Placement
 from pomona.reconstruction.retraining import Retraining
@@ -45,7 +43,7 @@ class Estimate:
                 f"{self.flops:,} FLOPs per token (dense: {self.dense_flops:,})",
                 f"{self.peak_bytes / 2**30:.2f} GiB for weights, sums and moments while it is made; "
                 "activations and libraries come on top",
-                f"{self.work_flops / 1e12:,.1f} TFLOPs of work, at least {_clock(self.seconds)} here",
+                f"{self.work_flops / 1e12:,.1f} TFLOPs of work, at least {clock(self.seconds)} here",
             )
         )
 
@@ -152,19 +150,3 @@ def _work(settings: ReconstructSettings, domains: int, dense_flops: int, flops: 
         teacher = dense_flops if settings.retrain.objective.loss == "distil" else 0
         work += seen * (3 * flops + teacher)
     return work
-
-
-def matmul_speed(size: int = 1024) -> float:
-    """Return this machine's FLOPs per second in float32 matrix products of a middling size."""
-    a = torch.randn(size, size)
-    torch.mm(a, a)  # the first product also sets up threads
-    began = perf_counter()
-    for _ in range(5):
-        torch.mm(a, a)
-    return 5 * 2 * size**3 / (perf_counter() - began)
-
-
-def _clock(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

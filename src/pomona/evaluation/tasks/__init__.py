@@ -2,9 +2,24 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import ModuleType
+
+from pomona.errors import PomonaError
 
 LOCAL = ("mmlu", "multiple_choice")
 """The tasks that read local files."""
+
+
+def installed_harness() -> ModuleType:
+    """Return `pomona.evaluation.harness`; raises `PomonaError` when the `eval` extra is not installed."""
+    try:
+        from pomona.evaluation import harness
+    except ModuleNotFoundError as error:
+        raise PomonaError(
+            f"tasks need the LM evaluation harness ({error.name} is not installed); "
+            "run pip install 'pomona[eval]'"
+        ) from error
+    return harness
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,212 @@
+"""What a federation would cost, told without a weight of the model and without a file."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pomona.evaluation.work import matmul_speed
+from pomona.federate.birth import dealt
+from pomona.federate.prepare import POOLED, frozen_base
+from pomona.federate.rounds import sent_to_clients
+from pomona.federation.clients import ClientRows
+from pomona.federation.cohort import FrozenBase
+from pomona.federation.estimate import (
+    FederationEstimate,
+    Memory,
+    Traffic,
+    active_parameters,
+    counted,
+)
+from pomona.federation.graft import check_count
+from pomona.federation.local import LocalTraining
+from pomona.federation.outline import OutlinedStep, outlined_step
+from pomona.federation.sampling import participants, survivors
+from pomona.federation.settings import FederateSettings
+from pomona.federation.strategies import Corrects, frozen_part
+from pomona.federation.update import ClientState, join, learns, split
+from pomona.models.loading import outline_model
+from pomona.models.lora import narrowed
+from pomona.models.weights import serialized_bytes
+
+
+@dataclass(frozen=True)
+class _Messages:
+    """What travels of the adapter every round, and a client's whole state; stand-ins of the right shapes."""
+
+    down: Mapping[str, Tensor]
+    up: Mapping[str, Tensor]
+    state: ClientState
+
+
+@dataclass(frozen=True)
+class _Schedule:
+    """What all rounds come to: messages by client, rows of all steps, clients trained in one batch."""
+
+    sent: Mapping[str, int]
+    answered: Mapping[str, int]
+    rows: int
+    cohort: int
+
+
+def preview(settings: FederateSettings, rate: float | None = None) -> FederationEstimate:
+    """Return what `federate` would send, keep, compute and hold; nothing is written.
+
+    The clients' rows are read, and of the model its config.json. `rate` is what the machine sustains in
+    FLOPs per second, that of float32 matrix products here if None. Raises `PomonaError` as `federate` does.
+    """
+    rows = settings.data.load(settings.seed)
+    settings.check_clients(list(rows))
+    trainers = _trainers(settings, rows)
+    base = frozen_base(_plain(settings), outline_model(settings.model, settings.dtype))
+    messages, schedule = _messages(settings, base), _schedule(settings, trainers)
+    own = split(messages.state, settings.strategy.shares)[1]
+    batch = min(settings.local.batch, max(trainers.values()))
+    step = outlined_step(
+        base,
+        _learning(settings, messages.state, schedule.cohort),
+        schedule.cohort * batch,
+        settings.max_length,
+    )
+    cost = counted(base, messages.state, step)
+    return FederationEstimate(
+        total=sum(p.numel() for p in base.model.parameters()),
+        active=active_parameters(base, step),
+        clients=len(rows),
+        rounds=settings.last_round,
+        traffic=_traffic(settings, messages, schedule),
+        everything=cost["bytes"],
+        shared=_count(messages.down),
+        private={
+            "adapter": _count(own.adapter),
+            "graft": _count(own.graft),
+            "personal": _count(own.personal),
+        },
+        flops=cost["flops_per_token"],
+        memory=_memory(settings, base, messages.state, schedule.cohort, step),
+        tokens=schedule.rows * settings.max_length,
+        checkpointing=settings.checkpointing,
+        rate=rate or matmul_speed(),
+        stated=rate is not None,
+    )
+
+
+def _plain(settings: FederateSettings) -> FederateSettings:
+    """Return settings of the same shapes: a gate born from a router's row would read its weights.
+
+    Nothing is checkpointed, which has no backward pass to save memory for.
+    """
+    graft, together = settings.graft, settings.shared_expert
+    if graft is not None and graft.gate == "router":
+        graft = replace(graft, gate="zero")
+    if together is not None and together.gate == "router":
+        together = replace(together, gate="zero")
+    return replace(settings, graft=graft, shared_expert=together, checkpointing=False)
+
+
+def _trainers(settings: FederateSettings, rows: Mapping[str, ClientRows]) -> dict[str, int]:
+    """Return the number of train rows of everybody who trains."""
+    counts = {name: len(own.train) for name, own in rows.items()}
+    return {POOLED: sum(counts.values())} if settings.pooled else counts
+
+
+def _messages(settings: FederateSettings, base: FrozenBase) -> _Messages:
+    """Let the strategy begin with zeros that take no memory, and see what it sends."""
+    strategy = settings.strategy
+    if base.graft is not None:
+        check_count(base.sites, base.graft)
+    with torch.device("meta"):
+        adapter = base.init_adapter(settings.seed)
+        first = [list(range(base.graft.count)) for _ in base.sites] if base.graft else []
+        graft, personal = base.init_graft(0, "", first), base.init_personal(0, "")
+    shared, own = dealt(strategy, _zeros(adapter))
+    server = strategy.init(shared)
+    state = join(server.shared, replace(own, graft=_zeros(graft), personal=_zeros(personal)))
+    up, _ = split(state, strategy.shares, frozen_part(strategy))
+    if up and isinstance(strategy, Corrects):
+        up |= strategy.report(state.memory, up)[1]
+    return _Messages(sent_to_clients(strategy, server), up, state)
+
+
+def _zeros(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n: torch.zeros((), dtype=v.dtype).expand(v.shape) for n, v in tensors.items()}
+
+
+def _schedule(settings: FederateSettings, trainers: Mapping[str, int]) -> _Schedule:
+    sent, answered = dict.fromkeys(trainers, 0), dict.fromkeys(trainers, 0)
+    steps, cohort = 0, 1
+    for round_ in range(1, settings.rounds + 1):
+        present = [name for name in trainers if settings.takes_part(name, round_)]
+        chosen = participants(settings.seed, round_, present, settings.fraction)
+        answering = survivors(settings.seed, round_, chosen, settings.dropout)
+        cohort = max(cohort, min(len(answering), settings.cohort))
+        for name in chosen:
+            sent[name] += 1
+        for name in answering:
+            answered[name] += 1
+            steps += _rows_of(settings.local, trainers[name])
+    finish = settings.finishing
+    if finish is not None:
+        own = [count for name, count in trainers.items() if settings.finishes(name)]
+        steps += finish.rounds * sum(_rows_of(finish.training, count) for count in own)
+        cohort = max(cohort, min(len(own), settings.cohort))
+    return _Schedule(sent, answered, steps, cohort)
+
+
+def _rows_of(training: LocalTraining, rows: int) -> int:
+    """Return the rows of all steps of a round."""
+    return training.steps_of(rows) * min(training.batch, rows)
+
+
+def _traffic(settings: FederateSettings, messages: _Messages, schedule: _Schedule) -> Traffic:
+    def size(tensors: Mapping[str, Tensor], client: str) -> int:
+        rank = settings.ranks.get(client)
+        own = tensors if rank is None else narrowed(tensors, rank)
+        return serialized_bytes(own) if own else 0
+
+    down = {name: size(messages.down, name) for name in schedule.sent}
+    up = {name: size(messages.up, name) for name in schedule.sent}
+    return Traffic(
+        max(down.values()),
+        max(up.values()),
+        sum(down[name] * times for name, times in schedule.sent.items()),
+        sum(up[name] * times for name, times in schedule.answered.items()),
+    )
+
+
+def _learning(settings: FederateSettings, state: ClientState, clients: int) -> ClientState:
+    """Return a cohort's state on the meta device; indices of experts, which are read, stay."""
+    frozen = frozen_part(settings.strategy)
+
+    def leaf(value: Tensor, trained: bool) -> Tensor:
+        shape = (clients, *value.shape)
+        if not value.is_floating_point():
+            return torch.zeros(shape, dtype=value.dtype)
+        return torch.empty(shape, dtype=value.dtype, device="meta", requires_grad=trained)
+
+    return ClientState(
+        {n: leaf(v, learns(n, frozen)) for n, v in state.adapter.items()},
+        {n: leaf(v, True) for n, v in state.graft.items()},
+        {n: leaf(v, True) for n, v in state.personal.items()},
+    )
+
+
+def _memory(
+    settings: FederateSettings,
+    base: FrozenBase,
+    state: ClientState,
+    clients: int,
+    step: OutlinedStep,
+) -> Memory:
+    learning = _learning(settings, state, clients)
+    every = [*learning.adapter.values(), *learning.graft.values(), *learning.personal.values()]
+    held = sum(
+        v.nbytes * (4 if v.requires_grad else 1) for v in every
+    )  # value, gradient, two moments
+    weights = sum(p.nbytes for p in base.model.parameters())
+    return Memory(weights, held, step.kept_bytes, step.waiting_bytes + step.layer_bytes)
+
+
+def _count(tensors: Mapping[str, Tensor]) -> int:
+    return sum(v.numel() for v in tensors.values() if v.is_floating_point())
