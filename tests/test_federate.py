@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save
 from transformers import AutoModelForCausalLM
 
+from pomona.artifacts import publish, shared_format
 from pomona.artifacts import run as run_module
 from pomona.artifacts.graft_format import read_graft
 from pomona.artifacts.run import RunDirectory
@@ -169,6 +170,15 @@ class Stopped(BaseException):
     """Stands for the process ending right there."""
 
 
+WRITES = [
+    (run_module, "write_tensors"),
+    (run_module, "write_json"),
+    (run_module, "write_text"),
+    (shared_format, "write_adapter"),
+    (publish, "write_graft"),
+]
+
+
 @pytest.mark.parametrize("writes", [1, 2, 5, 6, 7, 11, 14, 20, 22, 24])
 def test_interrupted_after_any_write_and_resumed_equals_uninterrupted(
     settings, tmp_path, monkeypatch, writes
@@ -187,8 +197,8 @@ def test_interrupted_after_any_write_and_resumed_equals_uninterrupted(
         return wrapped
 
     with monkeypatch.context() as patch:
-        for name in ("write_tensors", "write_json", "write_text", "write_adapter", "write_graft"):
-            patch.setattr(run_module, name, stopping(getattr(run_module, name)))
+        for module, name in WRITES:
+            patch.setattr(module, name, stopping(getattr(module, name)))
         with pytest.raises(Stopped):
             run(settings, tmp_path / "cut")
     run(settings, tmp_path / "cut")

@@ -142,11 +142,11 @@ def test_new_clients_have_everything_again(runs, tmp_path):
         assert {a["client"] for a in own.answers} == {"plums"}
         assert {m["client"] for m in own.metrics} == {"plums"}
     write_report(paths, tmp_path / "report.html")
-    before, heading, page = (
+    _, heading, page = (
         (tmp_path / "report.html").read_text("utf-8").partition("New clients</h2>")
     )
     assert heading
-    assert before.count("<table") > page.count("<table") > 3
+    assert page.count("<table") > 3
     for line in compare(found, "loss"):
         assert f"{line.mean.mean:.3f}" in page
     write_report(runs, tmp_path / "none.html")
