@@ -12,16 +12,16 @@ import argparse
 import json
 import os
 import random
-import resource
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 
 import torch
-from record import ROOT, record
+from record import ROOT, peak_bytes, record
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -77,9 +77,8 @@ def main() -> None:
     size = _write_dense(dense, options.gigabytes)
     _write_domains(options.out / "domains")
     began = monotonic()
-    subprocess.run(_command(options.out), check=True)
+    peak = _run(_command(options.out))
     seconds = monotonic() - began
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     made = sum(file.stat().st_size for file in mixture.glob("*.safetensors"))
     rows = [
         {"what": "dense checkpoint", "bytes": size},
@@ -93,6 +92,21 @@ def main() -> None:
     bar = {"name": "largest resident set below the checkpoint's size", "value": peak, "bar": size}
     record(options.json, rows, [{**bar, "holds": peak < size}])
     shutil.rmtree(options.out)
+
+
+def _run(command: list[str]) -> int:
+    """Run a program to its end; return the largest resident set it had, looked at ten times a second."""
+    peak = 0
+    with subprocess.Popen(command) as process:
+        while process.poll() is None:
+            with suppress(
+                OSError, ValueError
+            ):  # ended since it was asked: a dead process has no memory
+                peak = peak_bytes(process.pid)
+            sleep(0.1)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return peak
 
 
 def _command(out: Path) -> list[str]:

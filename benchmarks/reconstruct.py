@@ -13,7 +13,6 @@ import argparse
 import hashlib
 import json
 import os
-import resource
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -23,7 +22,7 @@ from time import monotonic
 
 import matplotlib.pyplot as plt
 import numpy as np
-from record import ROOT, record
+from record import ROOT, peak_bytes, record
 from scipy.stats import t as student
 
 from pomona.artifacts.figures import svg
@@ -202,7 +201,7 @@ def _peak_of(made: Path, settings: ReconstructSettings) -> int:
     shutil.rmtree(made, ignore_errors=True)
     reconstruct(_model(), read_domains(_data()), made, replace(settings, retrain=how))
     shutil.rmtree(made)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_bytes()
 
 
 def _key(settings: ReconstructSettings) -> str:

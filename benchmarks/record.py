@@ -27,6 +27,17 @@ def record(path: Path, rows: object, bars: Sequence[Mapping[str, Any]], **more: 
     console.print(str(path))
 
 
+def peak_bytes(pid: int | str = "self") -> int:
+    """Return the largest resident set that a running process has had (Linux).
+
+    `ru_maxrss` is none of it: a process that another one started has that one's peak in it, from before
+    it became a program of its own.
+    """
+    status = Path(f"/proc/{pid}/status").read_text("utf-8")
+    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
 def comparison_rows(runs: Sequence[FinishedRun]) -> list[dict[str, object]]:
     """Return every method's figures and the paired differences of their losses."""
     rows: list[dict[str, object]] = [
