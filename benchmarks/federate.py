@@ -52,7 +52,7 @@ LENGTH = 128
 ROWS = (25, 50, 100, 200, 400)
 OURS, CEILING = "flex", "centralised"
 ALONE = ("local-only-graft", "local-only-flex")
-ABLATIONS = ("flex-no-gate", "flex-random-expert")  # of ours, one thing changed
+ABLATIONS = ("lora-on-expert", "flex-no-gate", "flex-random-expert")  # of ours, one thing changed
 CEILINGS = (CEILING, "centralised-attention")
 METHODS = (
     OURS,
@@ -63,7 +63,6 @@ METHODS = (
     "fedavg-finetune",
     "fedavg-experts",
     "fedrep",
-    "lora-on-expert",
     "flex-faithful",
     *ABLATIONS,
     *CEILINGS,
