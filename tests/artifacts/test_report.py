@@ -142,9 +142,7 @@ def test_new_clients_have_everything_again(runs, tmp_path):
         assert {a["client"] for a in own.answers} == {"plums"}
         assert {m["client"] for m in own.metrics} == {"plums"}
     write_report(paths, tmp_path / "report.html")
-    _, heading, page = (
-        (tmp_path / "report.html").read_text("utf-8").partition("New clients</h2>")
-    )
+    _, heading, page = (tmp_path / "report.html").read_text("utf-8").partition("New clients</h2>")
     assert heading
     assert page.count("<table") > 3
     for line in compare(found, "loss"):
