@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
-from test_federate import Stopped, files_of, run
+from test_federate import WRITES, Stopped, files_of, run, stopped_after
 
 from pomona.artifacts import run as run_module
 from pomona.artifacts.graft_format import read_graft
@@ -331,23 +331,8 @@ def test_memory_and_kept_optimisers_survive_an_interruption(
         finish=Finish(2, LocalTraining(steps=1), newcomers_only=False),
     )
     run(rich, tmp_path / "whole")
-    count = 0
-
-    def stopping(function):
-        def wrapped(*args, **kwargs):
-            nonlocal count
-            function(*args, **kwargs)
-            count += 1
-            if count == writes:
-                raise Stopped
-
-        return wrapped
-
-    with monkeypatch.context() as patch:
-        for name in ("write_tensors", "write_json"):
-            patch.setattr(run_module, name, stopping(getattr(run_module, name)))
-        with pytest.raises(Stopped):
-            run(rich, tmp_path / "cut")
+    with stopped_after(writes, monkeypatch, WRITES[:2]):
+        run(rich, tmp_path / "cut")
     run(rich, tmp_path / "cut")
     whole, cut = files_of(tmp_path / "whole"), files_of(tmp_path / "cut")
     assert whole.keys() == cut.keys()

@@ -16,9 +16,8 @@ from hypothesis import given
 from hypothesis import settings as hypotheses
 from hypothesis import strategies as st
 from laws.test_federation_laws import TARGETS, base_of, examples, grown, newborn
-from test_federate import Stopped, files_of, run
+from test_federate import WRITES, files_of, run, stopped_after
 
-from pomona.artifacts import run as run_module
 from pomona.artifacts.report import write_report
 from pomona.artifacts.run import RunDirectory
 from pomona.data.examples import Example, collate
@@ -406,23 +405,8 @@ def test_an_interrupted_run_ends_with_the_same_bytes(private, tmp_path, monkeypa
         finish=Finish(2, private.local, newcomers_only=False),
     )
     run(rich, tmp_path / "whole")
-    count = 0
-
-    def stopping(function):
-        def wrapped(*args, **kwargs):
-            nonlocal count
-            function(*args, **kwargs)
-            count += 1
-            if count == writes:
-                raise Stopped
-
-        return wrapped
-
-    with monkeypatch.context() as patch:
-        for name in ("write_tensors", "write_json"):
-            patch.setattr(run_module, name, stopping(getattr(run_module, name)))
-        with pytest.raises(Stopped):
-            run(rich, tmp_path / "cut")
+    with stopped_after(writes, monkeypatch, WRITES[:2]):
+        run(rich, tmp_path / "cut")
     run(rich, tmp_path / "cut")
     whole, cut = files_of(tmp_path / "whole"), files_of(tmp_path / "cut")
     assert whole.keys() == cut.keys()

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from scipy.integrate import quad
 from scipy.optimize import brentq
 from scipy.stats import norm
+from test_federate import WRITES, stopped_after
 
-from pomona.artifacts import run as run_module
 from pomona.artifacts.report import write_report
 from pomona.artifacts.run import RunDirectory
 from pomona.errors import PomonaError
@@ -392,32 +392,14 @@ def test_epsilon_is_told_every_round_in_metrics_on_screen_and_in_the_report(plai
     assert "Differential privacy" not in (tmp_path / "public.html").read_text("utf-8")
 
 
-class Stopped(BaseException):
-    """Stands for the process ending right there."""
-
-
 @pytest.mark.parametrize("writes", [6, 9, 11])
 def test_a_private_run_that_was_interrupted_ends_with_the_same_bytes(
     plain, tmp_path, monkeypatch, writes
 ):
     private = replace(plain, privacy=Privacy(0.5, 1.0, "local"))
-    whole, count = run(private, tmp_path / "whole"), 0
-
-    def stopping(function):
-        def wrapped(*args, **kwargs):
-            nonlocal count
-            function(*args, **kwargs)
-            count += 1
-            if count == writes:
-                raise Stopped
-
-        return wrapped
-
-    with monkeypatch.context() as patch:
-        for name in ("write_tensors", "write_json"):
-            patch.setattr(run_module, name, stopping(getattr(run_module, name)))
-        with pytest.raises(Stopped):
-            run(private, tmp_path / "cut")
+    whole = run(private, tmp_path / "whole")
+    with stopped_after(writes, monkeypatch, WRITES[:2]):
+        run(private, tmp_path / "cut")
     cut = run(private, tmp_path / "cut")
     for file in ("metrics.jsonl", "answers.jsonl", "shared/adapter_model.safetensors"):
         assert (cut / file).read_bytes() == (whole / file).read_bytes()

@@ -51,7 +51,7 @@ class FederateSettings:
     adapter begins as; with it `rounds` may be 0, when everybody is a newcomer to what was shared. `ranks` gives
     some clients an adapter of a smaller rank. `shared_expert` adds to the adapter one more expert per layer,
     which everybody trains together. With `checkpointing` a layer's activations are computed again
-    in the backward pass: less memory, a third more work.
+    in the backward pass: less memory, one more forward pass.
     """
 
     model: str = field(metadata={"path": True})
