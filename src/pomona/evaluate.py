@@ -20,6 +20,7 @@ from pomona.evaluation.tasks import TaskResults, installed_harness
 from pomona.federation.measure import Evaluation, answers_of, loss_summary, losses_of
 from pomona.models.experts import ExpertSite, find_expert_sites
 from pomona.models.loading import context_length, load_model, load_tokenizer
+from pomona.models.placement import moved
 from pomona.models.routing import count_routing
 from pomona.progress import Progress, silent
 from pomona.shapes import Tokens
@@ -161,7 +162,7 @@ def speed(
     base, state = open_personal(personal)
     models = {"model": base.model}
     if dense is not None:
-        models["dense"] = load_model(dense, "float32").eval()
+        models["dense"] = moved(load_model(dense, "float32").eval(), base.device)
     sources = (personal.source, str(dense))
     total = min(
         _fitting(length, source, model)

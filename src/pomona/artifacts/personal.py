@@ -18,19 +18,21 @@ from pomona.federation.update import ClientState
 from pomona.models.experts import ExpertSite, find_expert_sites, freeze
 from pomona.models.loading import load_model
 from pomona.models.peft_format import read_adapter
+from pomona.models.placement import find_device, moved
 
 
 @dataclass(frozen=True)
 class PersonalModel:
     """A model as it lies on disk: a folder or Hub id, and the folders of a client's parts.
 
-    Without parts it is the base itself.
+    Without parts it is the base itself. `device` is where it is to compute, "auto" for a GPU if there is one.
     """
 
     source: str
     adapter: Path | None = None
     graft: Path | None = None
     personal: Path | None = None
+    device: str = "auto"
 
     @property
     def parts(self) -> list[Path]:
@@ -44,7 +46,7 @@ def open_personal(personal: PersonalModel) -> tuple[FrozenBase, ClientState]:
     Raises `PomonaError` when a part does not belong to the model.
     """
     source, adapter, graft = personal.source, personal.adapter, personal.graft
-    model = load_model(source, "float32")
+    model = moved(load_model(source, "float32"), find_device(personal.device))
     freeze(model)
     read = AdapterFolder() if adapter is None else read_shared(adapter)
     settings, private = (None, {}) if graft is None else read_graft(graft)

@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
+from pomona.cli.options import Adapter, Device, Graft, Model, Personal, TemplateName
 from pomona.errors import PomonaError
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or Hub id.")]
 Text = Annotated[
     str | None,
     typer.Option("--text", help="Text file, folder of domains or glob.", metavar="PATH"),
@@ -29,16 +29,6 @@ Tasks = Annotated[
     ),
 ]
 MeasureSpeed = Annotated[bool, typer.Option("--speed", help="Measure generation speed.")]
-Adapter = Annotated[
-    Path | None, typer.Option("--adapter", help="PEFT adapter folder to put on.", metavar="DIR")
-]
-Graft = Annotated[
-    Path | None, typer.Option("--graft", help="A client's graft folder to put on.", metavar="DIR")
-]
-Personal = Annotated[
-    Path | None,
-    typer.Option("--personal", help="A client's private LoRA beside the adapter.", metavar="DIR"),
-]
 Limit = Annotated[
     int, typer.Option("--limit", help="Rows; windows per domain; questions per task; 0: all.")
 ]
@@ -54,12 +44,6 @@ Lengths = Annotated[
 NewTokens = Annotated[
     int,
     typer.Option("--new-tokens", help="Longest answer; 0 skips answers. With --speed: its length."),
-]
-TemplateName = Annotated[
-    str | None,
-    typer.Option(
-        "--template", help="Prompt: alpaca or chat; else what the parts were trained with."
-    ),
 ]
 Routing = Annotated[
     bool, typer.Option("--routing", help="With --text: how the experts are used, too.")
@@ -110,6 +94,7 @@ def evaluate(
     fewshot: Fewshot = None,
     dense: Dense = None,
     repeats: Repeats = None,
+    device: Device = "auto",
     json: Json = None,
 ) -> None:
     """Measure a model on text, on instruction rows, on tasks, or its speed.
@@ -137,7 +122,10 @@ def evaluate(
     for path in (json, None if figures is None else figures / "expert-load.svg"):
         if path is not None:
             check_writable(path)
-    whole, only = PersonalModel(model, adapter, graft, personal), lengths[0] if lengths else None
+    whole, only = (
+        PersonalModel(model, adapter, graft, personal, device),
+        lengths[0] if lengths else None,
+    )
     found: dict[str, Any]
     notes: list[str] = []
     with progress_bars() as progress:

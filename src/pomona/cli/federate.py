@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from pomona.cli.options import Device
 from pomona.errors import PomonaError
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML file of the federation.")]
@@ -38,6 +39,7 @@ def federate(
     seed: Seed = None,
     dry_run: DryRun = False,
     tflops: Rate = None,
+    device: Device = "auto",
 ) -> None:
     """Tune a model across clients that share only LoRA.
 
@@ -66,7 +68,7 @@ def federate(
     before = _entries(out)
     with RunDirectory.open(out, dump(settings), about) as run, progress_bars() as progress:
         try:
-            run_federation(settings, run, progress, console.print)
+            run_federation(settings, run, progress, console.print, device)
         except BaseException:
             _forget_unbegun(out, before)
             raise

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pomona.cli.evaluate import Adapter, Graft, Model, TemplateName
+from pomona.cli.options import Adapter, Device, Graft, Model, Personal, TemplateName
 
 Prompts = Annotated[
     Path, typer.Option("--prompts", metavar="FILE", help="Prompts (.jsonl): turns, prompt or text.")
@@ -40,18 +40,20 @@ def judge(
     key_variable: KeyVariable = "OPENAI_API_KEY",
     adapter: Adapter = None,
     graft: Graft = None,
+    personal: Personal = None,
     limit: Limit = 0,
     new_tokens: NewTokens = 256,
     template: TemplateName = None,
     timeout: Timeout = 60.0,
     retries: Retries = 2,
+    device: Device = "auto",
     json: Json = None,
 ) -> None:
     """Have open-ended answers scored for helpfulness and harmlessness.
 
-    MODEL is a folder or Hub id; with --adapter and --graft it is a client's personal model that answers.
-    Prompts and answers are sent to the endpoint you name and nowhere else. The key is read from the
-    environment only, and never printed or written.
+    MODEL is a folder or Hub id; with --adapter, --graft and --personal it is a client's personal model
+    that answers. Prompts and answers are sent to the endpoint you name and nowhere else. The key is read
+    from the environment only, and never printed or written.
     """
     from dataclasses import asdict
 
@@ -64,9 +66,9 @@ def judge(
     if json is not None:
         check_writable(json)
     by = Judge(url, judge_model, key_variable, timeout, retries)
-    personal, notes = PersonalModel(model, adapter, graft), list[str]()
+    whole, notes = PersonalModel(model, adapter, graft, personal, device), list[str]()
     with progress_bars() as progress:
-        made = verb(personal, prompts, by, template, limit, new_tokens, progress, notes.append)
+        made = verb(whole, prompts, by, template, limit, new_tokens, progress, notes.append)
     for told in notes:
         console.print(told)
     rows = [
@@ -84,7 +86,7 @@ def judge(
     ]
     print_table(model, ["judged", "mean of 1 to 10", "95 %", "scores", "unparsable"], rows)
     if json is not None:
-        parts = {"adapter": adapter, "graft": graft}
+        parts = {"adapter": adapter, "graft": graft, "personal": personal}
         worn = {name: str(folder) for name, folder in parts.items() if folder is not None}
         about = {"model": model, **worn, "judge": judge_model, "url": url}
         write_json(json, {**about, **asdict(made)})

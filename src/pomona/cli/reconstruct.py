@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from pomona.cli.options import Device
+
 Model = Annotated[
     str | None, typer.Argument(metavar="MODEL", help="Dense checkpoint: folder or Hub id.")
 ]
@@ -48,9 +50,6 @@ Text = Annotated[
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Only tell what would be made, and its cost.")
-]
-Device = Annotated[
-    str, typer.Option("--device", help="auto (a GPU if there is one), cpu, cuda or cuda:1.")
 ]
 Offload = Annotated[
     bool,

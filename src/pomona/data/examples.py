@@ -28,6 +28,11 @@ class Batch:
     attention_mask_BT: AttentionMask
     label_mask_BT: TokenMask
 
+    def to(self, device: torch.device) -> "Batch":
+        """Return the same batch on a device."""
+        ids_BT, mask_BT, label_BT = self.input_ids_BT, self.attention_mask_BT, self.label_mask_BT
+        return Batch(ids_BT.to(device), mask_BT.to(device), label_BT.to(device))
+
 
 def encode(
     row: Row, template: Template, tokenizer: PreTrainedTokenizerBase, max_length: int

@@ -6,6 +6,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pomona.data.examples import collate_prompts, padding_id
+from pomona.models.placement import device_of
 
 
 @torch.no_grad()
@@ -29,12 +30,13 @@ def greedy_answers(
     )
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, str] = {}
+    device = device_of(model)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        input_ids_BT, mask_BT = collate_prompts([prompts[i] for i in chosen], padding_id(tokenizer))
+        ids_BT, mask_BT = collate_prompts([prompts[i] for i in chosen], padding_id(tokenizer))
         output_BT = model.generate(  # pyright: ignore[reportCallIssue] - typed as a module
-            input_ids=input_ids_BT, attention_mask=mask_BT, generation_config=config
+            input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), generation_config=config
         )
-        for i, tokens in zip(chosen, output_BT[:, input_ids_BT.shape[1] :], strict=True):
+        for i, tokens in zip(chosen, output_BT[:, ids_BT.shape[1] :], strict=True):
             answers[i] = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
     return [answers[i] for i in range(len(prompts))]

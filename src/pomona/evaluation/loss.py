@@ -4,15 +4,13 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import cast
 
 import torch
-from torch import Tensor
 from torch.nn import functional as fn
-from transformers import PreTrainedModel
 
 from pomona.data.examples import Example, collate
 from pomona.models.logits import labelled_logits
+from pomona.models.placement import device_of
 from pomona.shapes import AttentionMask, Tokens
 
 Within = Callable[[AttentionMask], AbstractContextManager[object]]
@@ -47,7 +45,7 @@ def answer_losses(
     losses: dict[int, RowLoss] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = collate([examples[i] for i in chosen], pad_id)
+        batch = collate([examples[i] for i in chosen], pad_id).to(device_of(model))
         with within(batch.attention_mask_BT):
             logits_ZV = labelled_logits(
                 model, batch.input_ids_BT, batch.attention_mask_BT, batch.label_mask_BT
@@ -73,8 +71,7 @@ def window_losses(
 ) -> list[RowLoss]:
     """Return every window's loss over its predicted tokens: all but the first."""
     losses: list[RowLoss] = []
-    device = cast(Tensor, cast(PreTrainedModel, model).get_input_embeddings().weight).device
-    for short_BT in windows_BT.to(device).split(batch_size):
+    for short_BT in windows_BT.to(device_of(model)).split(batch_size):
         input_ids_BT = short_BT.long()
         logits = model(input_ids=input_ids_BT, use_cache=False).logits[:, :-1]
         target_BT = input_ids_BT[:, 1:]

@@ -16,6 +16,7 @@ from pomona.federate.prepare import prepare
 from pomona.federate.rounds import finishing_round, remaining, train_round
 from pomona.federation.holdings import holdings_of
 from pomona.federation.settings import FederateSettings
+from pomona.models.placement import find_device
 from pomona.progress import Progress, Tell, silent, unheard
 
 __all__ = ["federate"]
@@ -26,12 +27,15 @@ def federate(
     run: RunDirectory,
     progress: Progress = silent,
     tell: Tell = unheard,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Run, or go on with, a federation in `run` and return its results (see `artifacts.results`).
 
-    `tell` is told before training which test rows are also trained on. Raises `PomonaError` for
-    whatever is wrong with the model, the data or the disk.
+    `tell` is told before training which test rows are also trained on. `device` is where the model
+    computes, "auto" for a GPU if there is one. Raises `PomonaError` for whatever is wrong with the
+    model, the data or the disk.
     """
+    where = find_device(device)
     rows = settings.data.load(settings.seed)
     settings.check_clients(list(rows))
     run.claim(inputs_of(settings.model, rows, progress))
@@ -39,7 +43,7 @@ def federate(
     tell(told(holdings.duplicates))
     if run.finished:
         return run.results()
-    federation = prepare(settings, run, rows, progress, tell, holdings)
+    federation = prepare(settings, run, rows, progress, tell, holdings, where)
     write_holdings(run.path, holdings)
     snapshot = run.snapshot() or begin(federation)
     last = settings.last_round

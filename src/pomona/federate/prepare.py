@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,6 +27,7 @@ from pomona.models.experts import (
 )
 from pomona.models.loading import context_length, load_model, load_tokenizer
 from pomona.models.lora import narrowed, of_rank
+from pomona.models.placement import moved
 from pomona.progress import Progress, Tell
 from pomona.shapes import Tokens
 from pomona.training.loss import balance_weight
@@ -76,10 +78,11 @@ def prepare(
     progress: Progress,
     tell: Tell,
     holdings: Holdings,
+    device: torch.device,
 ) -> Federation:
     """Load the model, encode every row; raises `PomonaError` for what does not go together."""
     tokenizer = load_tokenizer(settings.model)
-    base = frozen_base(settings, load_model(settings.model, settings.dtype))
+    base = frozen_base(settings, moved(load_model(settings.model, settings.dtype), device))
     limit = settings.evaluation.rows or None
 
     def encoded(which: Sequence[Any]) -> list[Example]:

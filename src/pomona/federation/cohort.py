@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -12,6 +13,7 @@ from pomona.federation.update import ClientState, stack
 from pomona.models.attachment import Attachment, join_attachments
 from pomona.models.experts import ExpertSite
 from pomona.models.lora import LoRA, attach_lora, init_lora
+from pomona.models.placement import device_of
 from pomona.seeds import torch_generator
 
 
@@ -25,6 +27,11 @@ class FrozenBase:
     sites: tuple[ExpertSite, ...] = field(default=(), repr=False)
     personal: LoRA | None = None
     shared_expert: SharedExpert | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes; clients' states lie in memory between their turns."""
+        return device_of(self.model)
 
     def init_adapter(self, seed: int) -> dict[str, Tensor]:
         """Return a fresh adapter, the same for everybody who gives the same seed."""
@@ -51,6 +58,7 @@ class FrozenBase:
 
     def attach(self, state: ClientState) -> Attachment:
         """Hook a cohort's stacked state [C, …] onto the model; any part may be empty."""
+        state = state.to(self.device)
         parts: list[Attachment] = []
         if state.adapter:
             parts.append(attach_lora(self.model, self.lora, lora_part(state.adapter)))

@@ -150,6 +150,7 @@ def measured_of(
     evaluation: Evaluation,
 ) -> Measured:
     """Measure answer losses and, in the same forward passes, routing and gates of one client's state."""
+    state = state.to(base.device)
     total_LE = torch.zeros(
         len(base.sites), max((site.num_experts for site in base.sites), default=0), dtype=torch.long
     )

@@ -25,7 +25,7 @@ def client_losses(
     `rows` are shared out among `clients` in their order: all who have rows, or every row a client of its own.
     `router_loss` times the load-balancing loss is in the gradient, and not in the loss that is told.
     """
-    batch, real_B = _fill(rows, pad_id)
+    batch, real_B = _fill(rows, pad_id, base.device)
     with routed_by(base.sites if router_loss else ()) as routed:
         loss_C = completion_losses(
             base.model,
@@ -41,10 +41,13 @@ def client_losses(
     return loss_C + (balance_C - balance_C.detach())
 
 
-def _fill(rows: Sequence[Sequence[Example]], pad_id: int) -> tuple[Batch, Bool[Tensor, " B"]]:
+def _fill(
+    rows: Sequence[Sequence[Example]], pad_id: int, device: torch.device
+) -> tuple[Batch, Bool[Tensor, " B"]]:
     """Collate client-major and tell the real rows; one added for alignment repeats one without its label."""
     size = max(map(len, rows))
-    batch = collate([row for own in rows for row in [*own, *[own[0]] * (size - len(own))]], pad_id)
-    real_B = torch.tensor([k < len(own) for own in rows for k in range(size)])
+    filled = [row for own in rows for row in [*own, *[own[0]] * (size - len(own))]]
+    batch = collate(filled, pad_id).to(device)
+    real_B = torch.tensor([k < len(own) for own in rows for k in range(size)], device=device)
     labels_BT = batch.label_mask_BT & real_B.unsqueeze(1)
     return Batch(batch.input_ids_BT, batch.attention_mask_BT, labels_BT), real_B

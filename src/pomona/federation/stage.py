@@ -23,6 +23,7 @@ from pomona.training.loop import AdamW, Moments, fit
 
 _MOMENTS = ("optimiser.first.", "optimiser.second.")
 _STEP = "optimiser.step"
+_MEMORY = torch.device("cpu")  # where states wait for their client's next turn
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,10 @@ class Stage:
         self, states: Sequence[ClientState]
     ) -> list[tuple[ClientState, list[float], dict[str, Tensor]]]:
         """Return every client's new state, losses and, if gradients are corrected, their sum."""
-        stacked = stack(states)
+        stacked = stack(states).to(self.base.device)
         state = _with_leaves(stacked, self.strategy)
-        anchor = stack([ClientState(task.state.adapter) for task in self.tasks]).adapter
+        received = stack([ClientState(task.state.adapter) for task in self.tasks])
+        anchor = received.to(self.base.device).adapter
         shared = {
             n: v
             for n, v in state.adapter.items()
@@ -84,9 +86,9 @@ class Stage:
                 resume=resume,
                 after=lambda moments, _losses: last.__setitem__(slice(None), [moments]),
             )
-        own = unstack(_with_moments(state, names, last[0]), len(self.tasks))
+        own = unstack(_with_moments(state, names, last[0]).to(_MEMORY), len(self.tasks))
         gradients = [
-            {n: total[c] - count * correction[n][c] for n, total in sums.items()}
+            {n: (total[c] - count * correction[n][c]).to(_MEMORY) for n, total in sums.items()}
             for c in range(len(own))
         ]
         return list(zip(own, history.T.tolist(), gradients, strict=True))
@@ -152,7 +154,7 @@ class Stage:
         if not isinstance(self.strategy, Corrects):
             return {}
         servers = {
-            name: torch.stack([task.server[name] for task in self.tasks])
+            name: torch.stack([task.server[name] for task in self.tasks]).to(self.base.device)
             for name in self.tasks[0].server
         }
         return self.strategy.correction(servers, stacked.memory)

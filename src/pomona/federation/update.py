@@ -34,6 +34,14 @@ class ClientState:
         """Whether there is anything that makes this client's model its own."""
         return bool(self.adapter or self.graft or self.personal)
 
+    def to(self, device: torch.device) -> "ClientState":
+        """Return the same state on a device; indices and counts, read as numbers, stay where they are."""
+
+        def one(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {n: v.to(device) if v.is_floating_point() else v for n, v in tensors.items()}
+
+        return ClientState(*(one(getattr(self, part.name)) for part in fields(ClientState)))
+
 
 @dataclass(frozen=True)
 class Update:

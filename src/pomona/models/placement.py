@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pomona.errors import PomonaError
@@ -46,14 +46,25 @@ class Placement:
 
     def torch_device(self) -> torch.device:
         """Return the device; raises `PomonaError` where this machine has none of that name."""
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            return torch.empty(0, device=self.device).device
-        except (RuntimeError, AssertionError) as error:
-            raise PomonaError(
-                f'device "{self.device}" is not there; use auto, cpu or cuda'
-            ) from error
+        return find_device(self.device)
+
+
+def find_device(name: str) -> torch.device:
+    """Return a device by name, "auto" for the first GPU if there is one, else the CPU.
+
+    Raises `PomonaError` where this machine has none of that name.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise PomonaError(f'device "{name}" is not there; use auto, cpu or cuda') from error
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a model wants its input: the device of its token embeddings."""
+    return cast(Tensor, cast(PreTrainedModel, model).get_input_embeddings().weight).device
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from pomona.models.attachment import Attachment
 from pomona.models.dense import DenseFamily
+from pomona.models.placement import device_of
 from pomona.models.weights import Checkpoint
 from pomona.shapes import Activation, Hidden, PerLayerChannel, Tokens
 
@@ -47,7 +48,7 @@ class DenseModel:
     @property
     def device(self) -> torch.device:
         """Where tokens go in."""
-        return cast(Tensor, self.model.get_input_embeddings().weight).device
+        return device_of(self.model)
 
     def down_DF(self, layer: int) -> Tensor:
         """Return the weight of a layer's `down_proj` [D, F], wherever it lies."""

@@ -22,6 +22,7 @@ from pomona.data.examples import Batch
 from pomona.federation.selection.passes import best, check_rows, first_rows
 from pomona.models.attachment import Attachment
 from pomona.models.experts import ExpertSite
+from pomona.models.placement import device_of
 from pomona.models.routing import experts_call
 from pomona.training.loss import completion_losses
 
@@ -54,7 +55,7 @@ class Gradient:
     ) -> list[Tensor]:
         """Return u_e for every site, [E] each, in float64."""
         sums = [torch.zeros(site.num_experts, dtype=torch.float64) for site in sites]
-        for batch in first_rows(batches, self.rows):
+        for batch in first_rows(batches, self.rows, device_of(model)):
             leaves: list[Tensor] = []
             hooks = [
                 model.get_input_embeddings().register_forward_hook(_leaf(leaves)),  # pyright: ignore

@@ -10,6 +10,7 @@ from pomona.data.examples import Batch
 from pomona.errors import PomonaError
 from pomona.models.attachment import Attachment
 from pomona.models.experts import ExpertSite
+from pomona.models.placement import device_of
 from pomona.models.routing import experts_call
 from pomona.shapes import Hidden, Routing, RoutingWeight, TokenMask
 
@@ -39,15 +40,16 @@ def check_rows(rows: int) -> None:
         raise PomonaError(f"selection rows {rows} is not positive; use for example 128")
 
 
-def first_rows(batches: Sequence[Batch], rows: int) -> Iterator[Batch]:
-    """Yield batches until they have had `rows` rows."""
+def first_rows(batches: Sequence[Batch], rows: int, device: torch.device) -> Iterator[Batch]:
+    """Yield batches, on a device, until they have had `rows` rows."""
     for batch in batches:
         if rows <= 0:
             return
         kept = slice(0, rows)
-        yield Batch(
+        first = Batch(
             batch.input_ids_BT[kept], batch.attention_mask_BT[kept], batch.label_mask_BT[kept]
         )
+        yield first.to(device)
         rows -= len(batch.input_ids_BT)
 
 
@@ -62,7 +64,7 @@ def watch(
 
     `see` gets the place of the site in `sites`; nothing that it does not keep outlives its call.
     """
-    for batch in first_rows(batches, rows):
+    for batch in first_rows(batches, rows, device_of(model)):
         hooks = [
             site.experts.register_forward_hook(
                 _showing(place, batch.attention_mask_BT.bool(), see), with_kwargs=True

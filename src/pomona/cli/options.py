@@ -1,0 +1,27 @@
+"""Options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or Hub id.")]
+Adapter = Annotated[
+    Path | None, typer.Option("--adapter", help="PEFT adapter folder to put on.", metavar="DIR")
+]
+Graft = Annotated[
+    Path | None, typer.Option("--graft", help="A client's graft folder to put on.", metavar="DIR")
+]
+Personal = Annotated[
+    Path | None,
+    typer.Option("--personal", help="A client's private LoRA beside the adapter.", metavar="DIR"),
+]
+TemplateName = Annotated[
+    str | None,
+    typer.Option(
+        "--template", help="Prompt: alpaca or chat; else what the parts were trained with."
+    ),
+]
+Device = Annotated[
+    str, typer.Option("--device", help="auto (a GPU if there is one), cpu, cuda or cuda:1.")
+]
