@@ -50,11 +50,10 @@ def test_every_option_and_argument_is_explained(monkeypatch, capsys, command):
     params = typer.main.get_command(app).commands[command].params
     assert len(params) >= 2
     for param in params:
-        if param.param_type_name == "option":
-            assert param.help, param.name
-            assert param.help.endswith("."), param.name
-            assert " ".join(param.help.split()[:3]) in described, param.name
-        else:
+        assert param.help, param.name
+        assert param.help.endswith("."), param.name
+        assert " ".join(param.help.split()[:3]) in described, param.name
+        if param.param_type_name == "argument":
             metavar = param.metavar.strip("[].")
             assert metavar.isupper(), param.name
             body = described.split("Usage:")[1]
