@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 WORKERS ?= 2
 
-.PHONY: demo test test-slow interop real demo-seeds reconstruct federate memory check format lint types layers clean
+.PHONY: demo test test-slow interop demo-seeds reconstruct federate memory check format lint types layers clean
 
 demo: $(STAMP)
 	$(BIN)/pomona demo
@@ -22,9 +22,6 @@ test-slow: $(STAMP)
 interop: $(STAMP)
 	$(BIN)/python scripts/fetch_llama_cpp.py
 	$(BIN)/pytest -m interop tests/interop $(PYTEST_ARGS)
-
-real: $(STAMP)
-	$(BIN)/python benchmarks/real.py
 
 reconstruct: $(STAMP)
 	$(BIN)/python benchmarks/reconstruct.py
