@@ -27,6 +27,7 @@ from pomona.cli.app import main
 from pomona.federate import federate
 from pomona.federate.preview import preview
 from pomona.federation.cohort import FrozenBase
+from pomona.federation.dp_sgd import DPSGD
 from pomona.federation.estimate import active_parameters
 from pomona.federation.graft import Graft
 from pomona.federation.local import LocalTraining
@@ -133,6 +134,14 @@ def test_tokens_and_work_are_rounds_times_steps_times_rows(quick):
         quick, local=LocalTraining(epochs=2, batch=4)
     )  # ten rows: 4 + 4 + 2, filled up
     assert preview(epochs, 1.0).tokens == 2 * 3 * (2 * 3 * 4) * quick.max_length
+
+
+def test_dp_sgd_holds_every_rows_own_values_and_gradients(quick):
+    """Beside value, gradient and two moments of a client: two of each row of its batch."""
+    plain = replace(quick, graft=None, local=LocalTraining(batch=3))
+    noised = replace(plain, local=replace(plain.local, dp_sgd=DPSGD(1.0, 1.0)))
+    held = [preview(one, 1e12).memory.trained for one in (plain, noised)]
+    assert held[1] * 4 == held[0] * (4 + 2 * 3)
 
 
 def test_checkpointing_changes_no_result_and_takes_another_forward_pass(quick, tmp_path):

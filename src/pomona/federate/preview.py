@@ -201,9 +201,10 @@ def _memory(
 ) -> Memory:
     learning = _learning(settings, state, clients)
     every = [*learning.adapter.values(), *learning.graft.values(), *learning.personal.values()]
-    held = sum(
-        v.nbytes * (4 if v.requires_grad else 1) for v in every
-    )  # value, gradient, two moments
+    copies = 4  # value, gradient, two moments
+    if settings.local.dp_sgd is not None:
+        copies += 2 * settings.local.batch  # every row's own value and gradient
+    held = sum(v.nbytes * (copies if v.requires_grad else 1) for v in every)
     weights = sum(p.nbytes for p in base.model.parameters())
     return Memory(weights, held, step.kept_bytes, step.waiting_bytes + step.layer_bytes)
 
