@@ -38,7 +38,7 @@ from pomona.federation.selection import (
 )
 from pomona.federation.settings import FederateSettings, Finish
 from pomona.federation.stage import Stage, Task
-from pomona.federation.strategies import FedAvg, FedProx, FLoRA, Scaffold
+from pomona.federation.strategies import FedAvg, FedProx, FLoRA, Scaffold, Tilted
 from pomona.federation.update import ClientState, stack
 from pomona.models.experts import find_expert_sites, freeze
 from pomona.models.lora import LoRA
@@ -466,6 +466,10 @@ def test_a_selection_that_looks_at_rows_is_refused(kind):
         (
             lambda s: replace(s, early_stop=EarlyStop()),
             "early_stop tells the loss of rows without noise",
+        ),
+        (
+            lambda s: replace(s, strategy=Tilted()),
+            "Tilted is told the loss of rows without noise",
         ),
         (
             lambda s: replace(s, ranks={"pears": 1}, strategy=FLoRA()),

@@ -2,6 +2,9 @@
 
 import copy
 import itertools
+import math
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,6 +25,7 @@ from pomona.federation.strategies import (
     Krum,
     Median,
     ServerState,
+    Tilted,
     TrimmedMean,
 )
 from pomona.federation.strategies.flexlora import truncated_product
@@ -38,8 +42,11 @@ def tensors(seed: int, shapes=SHAPES, scale: float = 1.0) -> dict[str, torch.Ten
 
 
 def updates(count: int, seed: int = 0, shapes=SHAPES) -> list[Update]:
-    """Clients whose rows and tensors all differ."""
-    return [Update(f"c{i}", 7 * i + 3, tensors(100 * seed + i, shapes)) for i in range(count)]
+    """Clients whose rows, tensors and losses all differ."""
+    return [
+        Update(f"c{i}", 7 * i + 3, tensors(100 * seed + i, shapes), 4.0 + 0.1 * i)
+        for i in range(count)
+    ]
 
 
 def same(one, other) -> bool:
@@ -64,6 +71,73 @@ def test_fedavgm_is_its_two_lines():
             velocity[name] = 0.8 * velocity[name] + numpy_mean(sent, name) - theta[name]
             theta[name] = theta[name] + 0.5 * velocity[name]
             np.testing.assert_allclose(state.shared[name], theta[name], rtol=2e-6, atol=2e-6)
+
+
+def losses(round_: int) -> list[float]:
+    return [4.5 + 0.3 * i * (-1) ** (i + round_) for i in range(4)]
+
+
+def test_tilted_weighs_by_the_exponential_of_what_was_heard():
+    strategy = Tilted(tilt=3.0, keep=0.6, learning_rate=1.7)
+    state = strategy.init(tensors(9))
+    theta = {n: v.double().numpy() for n, v in state.shared.items()}
+    heard: dict[str, float] = {}
+    for round_ in range(4):
+        sent = [
+            replace(u, loss=loss)
+            for u, loss in zip(updates(4, round_), losses(round_), strict=True)
+        ][round_ % 2 :]  # not everybody is always there
+        state = strategy.aggregate(state, sent)
+        for u in sent:
+            heard[u.client] = 0.6 * heard[u.client] + 0.4 * u.loss if u.client in heard else u.loss
+        weight = np.array([u.rows * np.exp(3.0 * heard[u.client]) for u in sent])
+        for name in theta:
+            stack = np.stack([u.shared[name].double().numpy() for u in sent])
+            mean = np.tensordot(weight / weight.sum(), stack, 1)
+            theta[name] = theta[name] + 1.7 * (mean - theta[name])
+            np.testing.assert_allclose(state.shared[name], theta[name], rtol=2e-6, atol=2e-6)
+    assert {n: float(v) for n, v in state.memory.items()} == pytest.approx(
+        {f"loss/{client}": loss for client, loss in heard.items()}
+    )
+
+
+def test_tilted_by_nothing_is_fedavg_bit_for_bit():
+    sent = [replace(u, loss=loss) for u, loss in zip(updates(4), losses(0), strict=True)]
+    strategy, start = Tilted(tilt=0.0), tensors(9)
+    found = strategy.aggregate(strategy.init(start), sent)
+    assert same(found.shared, FedAvg().aggregate(ServerState(start), sent).shared)
+    assert strategy.aggregate(found, []) is found
+
+
+def test_tilted_stands_any_loss():
+    sent = [replace(u, loss=loss) for u, loss in zip(updates(3), (1.0, 1e6, 2.0), strict=True)]
+    strategy = Tilted()
+    found = strategy.aggregate(strategy.init(tensors(9)), sent).shared
+    for name, value in found.items():
+        torch.testing.assert_close(value, sent[1].shared[name])
+
+
+def test_a_client_tells_the_mean_of_its_losses_and_it_is_in_its_message():
+    told = Tilted().told([1.0, 2.0, 4.5])
+    assert told == 2.5
+    update = replace(updates(1)[0], loss=told)
+    assert set(update.message) == {*update.shared, "loss"}
+    assert float(update.message["loss"]) == 2.5
+    assert set(replace(update, loss=None).message) == set(SHAPES)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"tilt": -1.0}, "Tilted tilt -1.0 is not 0 or more"),
+        ({"tilt": math.inf}, "Tilted tilt inf is not 0 or more"),
+        ({"keep": 1.0}, "Tilted keep 1.0 is not a share below 1"),
+        ({"learning_rate": 0.0}, "Tilted learning_rate 0.0 is not positive"),
+    ],
+)
+def test_tilted_is_refused_what_makes_no_sense(given, said):
+    with pytest.raises(PomonaError, match=re.escape(said)):
+        Tilted(**given)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from pomona.federation.local import LocalTraining
 from pomona.federation.outline import OutlinedStep, outlined_step
 from pomona.federation.sampling import participants, survivors
 from pomona.federation.settings import FederateSettings
-from pomona.federation.strategies import Corrects, frozen_part
+from pomona.federation.strategies import Corrects, Hears, frozen_part
 from pomona.federation.update import ClientState, join, learns, split
 from pomona.models.loading import outline_model
 from pomona.models.lora import narrowed
@@ -126,6 +126,8 @@ def _messages(settings: FederateSettings, base: FrozenBase) -> _Messages:
     up, _ = split(state, strategy.shares, frozen_part(strategy))
     if up and isinstance(strategy, Corrects):
         up |= strategy.report(state.memory, up)[1]
+    if up and isinstance(strategy, Hears):
+        up["loss"] = torch.zeros(())
     return _Messages(sent_to_clients(strategy, server), up, state)
 
 

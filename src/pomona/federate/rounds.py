@@ -19,6 +19,7 @@ from pomona.federation.settings import Finish
 from pomona.federation.stage import Task
 from pomona.federation.strategies import (
     Corrects,
+    Hears,
     LocalOnly,
     ServerState,
     SharedFixed,
@@ -50,7 +51,8 @@ def train_round(federation: Federation, snapshot: Snapshot, round_: int) -> Snap
         shared, private[name] = split(trained.state, strategy.shares, frozen_part(strategy))
         if shared:
             shared = {**federation.sends(name, shared), **trained.report}
-            updates.append(Update(name, len(federation.train[name]), shared))
+            loss = strategy.told(trained.losses) if isinstance(strategy, Hears) else None
+            updates.append(Update(name, len(federation.train[name]), shared, loss))
         metrics.append(_training_line(round_, name, trained))
     protected, spent = _protect(federation, snapshot, updates, round_, len(chosen))
     server = strategy.aggregate(snapshot.server, protected)

@@ -200,7 +200,7 @@ def communication(
     header included); nothing to send is no message.
     """
     sent = {client: message_bytes(message) for client, message in messages.items()}
-    received = {update.client: message_bytes(update.shared) for update in updates}
+    received = {update.client: message_bytes(update.message) for update in updates}
     return {
         "round": round_,
         "model": "communication",

@@ -26,6 +26,7 @@ from pomona.federation.strategies import (
     FedAvgM,
     FedProx,
     FedYogi,
+    Hears,
     Strategy,
 )
 from pomona.federation.update import Update
@@ -77,7 +78,7 @@ class Privacy:
         name = type(strategy).__name__
         if strategy.shares == "nothing":
             raise PomonaError(f"{name} shares nothing that [privacy] could protect; leave it out")
-        if isinstance(strategy, Corrects):
+        if isinstance(strategy, Corrects | Hears):
             raise PomonaError(
                 f"{name} sends more than its update, which [privacy] does not protect; leave one of them out"
             )

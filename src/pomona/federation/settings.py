@@ -15,7 +15,7 @@ from pomona.federation.measure import Evaluation
 from pomona.federation.privacy import Privacy
 from pomona.federation.sampling import sample_size
 from pomona.federation.shared_expert import SharedGraft
-from pomona.federation.strategies import FedAvg, FlexLoRA, FLoRA, Krum, LocalOnly, Strategy
+from pomona.federation.strategies import FedAvg, FlexLoRA, FLoRA, Hears, Krum, LocalOnly, Strategy
 from pomona.models.lora import LoRA
 
 _ANY_RANK = (FlexLoRA, FLoRA, LocalOnly)
@@ -138,6 +138,11 @@ class FederateSettings:
             raise PomonaError(
                 "early_stop tells the loss of rows without noise, which dp_sgd does not protect; leave one of "
                 "them out"
+            )
+        if isinstance(self.strategy, Hears):
+            raise PomonaError(
+                f"{type(self.strategy).__name__} is told the loss of rows without noise, which dp_sgd does not "
+                "protect; leave one of them out"
             )
         if self.ranks:
             raise PomonaError(

@@ -45,11 +45,18 @@ class ClientState:
 
 @dataclass(frozen=True)
 class Update:
-    """What a client sends: the shared tensors and how many rows stand behind them."""
+    """What a client sends: the shared tensors, how many rows stand behind them, their loss if asked."""
 
     client: str
     rows: int
     shared: Mapping[str, Tensor]
+    loss: float | None = None
+
+    @property
+    def message(self) -> dict[str, Tensor]:
+        """The tensors that are serialised."""
+        told = {} if self.loss is None else {"loss": torch.tensor(self.loss)}
+        return {**self.shared, **told}
 
 
 def within(name: str, part: Part) -> bool:

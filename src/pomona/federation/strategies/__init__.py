@@ -12,6 +12,7 @@ from pomona.federation.strategies.local_only import LocalOnly, SharedFixed
 from pomona.federation.strategies.protocol import (
     Corrects,
     Freezes,
+    Hears,
     Penalises,
     ServerState,
     Strategy,
@@ -19,6 +20,7 @@ from pomona.federation.strategies.protocol import (
 )
 from pomona.federation.strategies.scaffold import Scaffold
 from pomona.federation.strategies.server_optimisers import FedAdagrad, FedAdam, FedAvgM, FedYogi
+from pomona.federation.strategies.tilted import Tilted
 
 STRATEGIES: dict[str, type[Strategy]] = {
     "fedavg": FedAvg,
@@ -28,6 +30,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "fedadam": FedAdam,
     "fedyogi": FedYogi,
     "scaffold": Scaffold,
+    "tilted": Tilted,
     "median": Median,
     "trimmed-mean": TrimmedMean,
     "krum": Krum,
@@ -52,6 +55,7 @@ __all__ = [
     "FedYogi",
     "FlexLoRA",
     "Freezes",
+    "Hears",
     "Krum",
     "LocalOnly",
     "Median",
@@ -60,6 +64,7 @@ __all__ = [
     "ServerState",
     "SharedFixed",
     "Strategy",
+    "Tilted",
     "TrimmedMean",
     "frozen_part",
 ]

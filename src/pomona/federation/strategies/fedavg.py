@@ -33,17 +33,22 @@ class FedAvg:
 
 
 def weighted_mean(updates: Iterable[Update]) -> dict[str, Tensor]:
-    """Return Σ rows · θ / Σ rows, holding one update at a time; empty without updates.
+    """Return Σ rows · θ / Σ rows, holding one update at a time; empty without updates."""
+    return mean_of((update.rows, update.shared) for update in updates)
+
+
+def mean_of(weighed: Iterable[tuple[float, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+    """Return Σ weight · θ / Σ weight of (weight, tensors), holding one at a time; empty without any.
 
     Sums run in float64, so that the order of the clients changes nothing that float32 can hold.
     """
     sums: dict[str, Tensor] = {}
     kinds: dict[str, torch.dtype] = {}
-    rows = 0
-    for update in updates:
-        rows += update.rows
-        for name, value in update.shared.items():
+    weights = 0.0
+    for weight, tensors in weighed:
+        weights += weight
+        for name, value in tensors.items():
             kinds[name] = value.dtype
-            weighted = value.double() * update.rows
+            weighted = value.double() * weight
             sums[name] = sums[name] + weighted if name in sums else weighted
-    return {name: (total / rows).to(kinds[name]) for name, total in sums.items()}
+    return {name: (total / weights).to(kinds[name]) for name, total in sums.items()}

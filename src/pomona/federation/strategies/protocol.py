@@ -1,6 +1,6 @@
 """What a strategy is, and what a server remembers."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -22,7 +22,8 @@ class ServerState:
 class Strategy(Protocol):
     """A federated algorithm: what is sent, and how the server aggregates it.
 
-    The client's half, where there is one, is a protocol of its own: `Penalises`, `Freezes` or `Corrects`.
+    The client's half, where there is one, is a protocol of its own: `Penalises`, `Freezes`, `Corrects` or
+    `Hears`.
     """
 
     @property
@@ -48,6 +49,15 @@ class Penalises(Protocol):
 
         `adapter` holds the clients' shared tensors [C, …], `anchor` what the server sent them.
         """
+        ...
+
+
+@runtime_checkable
+class Hears(Protocol):
+    """A strategy whose clients tell the server what their rows cost them: `Update.loss`."""
+
+    def told(self, losses: Sequence[float]) -> float:
+        """Return what a client tells of its losses at the steps of a round."""
         ...
 
 
