@@ -52,7 +52,7 @@ LENGTH = 128
 ROWS = (25, 50, 100, 200, 400)
 OURS, CEILING = "flex", "centralised"
 ALONE = ("local-only-graft", "local-only-flex")
-ABLATIONS = ("lora-on-expert", "flex-no-gate", "flex-random-expert")  # of ours, one thing changed
+ABLATIONS = ("lora-on-expert", "flex-no-gate", "flex-reconstruction")  # of ours, one thing changed
 CEILINGS = (CEILING, "centralised-attention")
 METHODS = (
     OURS,
@@ -157,12 +157,11 @@ def _settings(
     given = {"model": str(model.resolve()), "seed": seed, "rounds": rounds}
     recipe = read_recipe(ROOT / "recipes" / f"{method}.toml", FederateSettings, given)
     if method == "flex-faithful":  # its form and its gate, at the sizes and rates of the others
-        plain = read_recipe(ROOT / "recipes" / f"{OURS}.toml", FederateSettings, given)
-        assert recipe.graft is not None and plain.graft is not None
-        graft = replace(recipe.graft, rank=plain.graft.rank, alpha=plain.graft.alpha)
+        plain = read_recipe(ROOT / "recipes" / "fedavg.toml", FederateSettings, given)
+        assert recipe.graft is not None
+        graft = replace(recipe.graft, rank=plain.adapter.rank, alpha=plain.adapter.alpha)
         adapter = replace(plain.adapter, targets=recipe.adapter.targets)
-        parts = {"graft": graft, "adapter": adapter, "personal": None, "shared_expert": None}
-        recipe = replace(plain, name=method, **parts)
+        recipe = replace(plain, name=method, graft=graft, adapter=adapter)
     held_out = Path(os.environ["POMONA_DATA"]) / "calibration"
     evaluation = replace(recipe.evaluation, every=rounds, answers=0, forgetting=held_out, windows=4)
     local = recipe.local

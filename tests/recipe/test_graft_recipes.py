@@ -7,8 +7,9 @@ import pytest
 from conftest import ROOT
 
 from pomona.federation.graft import Graft
-from pomona.federation.selection import RandomExpert, Reconstruction
+from pomona.federation.selection import Reconstruction
 from pomona.federation.settings import FederateSettings
+from pomona.federation.strategies import FedAvg
 from pomona.recipe import read_recipe
 
 
@@ -23,7 +24,7 @@ def read(monkeypatch, tmp_path):
     [
         ("lora-on-expert", {"gate": "resident"}),
         ("flex-no-gate", {"gate": "none"}),
-        ("flex-random-expert", {"selection": RandomExpert()}),
+        ("flex-reconstruction", {"selection": Reconstruction()}),
     ],
 )
 def test_a_variant_changes_one_thing(read, name, change):
@@ -41,5 +42,5 @@ def test_flex_faithful_is_what_was_published(read):
     assert (local.steps, local.batch) == (5, 4)
     assert (local.learning_rate, local.final_learning_rate) == (4e-5, 1e-6)
     assert (faithful.evaluation.answers, faithful.evaluation.new_tokens) == (100, 256)
-    assert (faithful.data, faithful.strategy, faithful.fraction) == (flex.data, flex.strategy, 1.0)
+    assert (faithful.data, faithful.strategy, faithful.fraction) == (flex.data, FedAvg(), 1.0)
     assert Path(faithful.data.train).name == "train.jsonl"
