@@ -1,10 +1,12 @@
 """Open a model and its tokenizer as transformers does, with a sentence for whatever is wrong."""
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
@@ -21,12 +23,8 @@ from pomona.models.weights import Checkpoint
 Dtype = Literal["auto", "float32", "bfloat16"]
 
 
-def load_model(
-    source: str | Path, dtype: Dtype = "auto", placing: Mapping[str, Any] | None = None
-) -> PreTrainedModel:
+def load_model(source: str | Path, dtype: Dtype = "auto") -> PreTrainedModel:
     """Load a causal language model from a folder or a Hub id: safetensors only, no remote code.
-
-    `placing` goes to transformers: where the weights shall lie, if not in memory.
 
     Raises `PomonaError` naming the folder, file or tensor that is missing, damaged or one too many.
     """
@@ -40,7 +38,6 @@ def load_model(
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # told below, by name
             output_loading_info=True,
-            **(placing or {}),
         )
     except StrictDataclassError as error:  # a field of config.json has the wrong type
         raise _wrong_config(source, error) from error
@@ -51,19 +48,23 @@ def load_model(
     return model
 
 
-def outline_model(source: str | Path, dtype: Dtype = "auto") -> PreTrainedModel:
+def outline_model(
+    source: str | Path, dtype: Dtype = "auto", buffers: bool = False
+) -> PreTrainedModel:
     """Return a checkpoint's model on the meta device: every module and shape, no weight.
 
-    A folder with config.json alone is enough, and of a Hub id no other file is fetched. Raises
-    `PomonaError` as `load_model` does.
+    With `buffers` what is computed from the config alone (rotary frequencies) is there. A folder with
+    config.json alone is enough, and of a Hub id no other file is fetched. Raises `PomonaError` as
+    `load_model` does.
     """
     folder = _config_folder(source)
     config = read_object(folder / "config.json")
     try:
         made = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         kind = (made.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
-        with torch.device("meta"):
+        with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
             model = AutoModelForCausalLM.from_config(made, dtype=kind, trust_remote_code=False)
+        model.tie_weights()  # what is registered as empty is a parameter of its own
     except StrictDataclassError as error:
         raise _wrong_config(source, error) from error
     except Exception as error:  # as above
@@ -157,6 +158,26 @@ def _check_complete(source: str | Path, found: Mapping[str, Any]) -> None:
             f'{source} holds the tensor "{unexpected[0]}", which the model of its config.json does not '
             f"have ({len(unexpected)} such tensors); repair config.json, or take the checkpoint it is of"
         )
+
+
+def check_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint that does not have the tensors of an outlined model, one by one and no more."""
+    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    passed_over = model._keys_to_ignore_on_load_unexpected or ()  # pyright: ignore
+    found = {
+        "missing_keys": shapes.keys() - checkpoint.files.keys(),
+        "mismatched_keys": [
+            (name, checkpoint.shape(name), shape)
+            for name, shape in shapes.items()
+            if name in checkpoint.files and checkpoint.shape(name) != shape
+        ],
+        "unexpected_keys": [
+            name
+            for name in checkpoint.files.keys() - model.state_dict().keys()
+            if not any(re.search(pattern, name) for pattern in passed_over)
+        ],
+    }
+    _check_complete(checkpoint.folder, found)
 
 
 def _wrong_config(source: str | Path, error: Exception) -> PomonaError:

@@ -3,19 +3,20 @@
 import ctypes
 import logging
 import sys
-import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
 import torch
+from accelerate import dispatch_model
+from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pomona.errors import PomonaError
 from pomona.models.dense import DenseFamily
-from pomona.models.loading import Dtype, load_model
+from pomona.models.loading import Dtype, check_tensors, load_model, outline_model
 from pomona.models.weights import SHARD_BYTES, Checkpoint
 
 _M_MMAP_THRESHOLD = -3  # of malloc.h
@@ -77,15 +78,35 @@ def placed(
         yield moved(load_model(checkpoint.folder, dtype), device)
         return
     _give_back_freed()
-    layers = range(int(checkpoint.config["num_hidden_layers"]))
-    block = family.mlp.rpartition(".")[0]
-    device_map = dict.fromkeys(family.ends, str(device))
-    device_map |= {block.format(layer=layer): "disk" for layer in layers}
+    yield _offloaded(checkpoint, family, dtype, device)
+
+
+def _offloaded(
+    checkpoint: Checkpoint, family: DenseFamily, dtype: Dtype, device: torch.device
+) -> PreTrainedModel:
+    """Return a model whose layers are read from the checkpoint when they are used.
+
+    `from_pretrained` could place it so too, but maps every page of the checkpoint into memory on its way.
+    """
+    model = outline_model(checkpoint.folder, dtype, buffers=True)
+    check_tensors(model, checkpoint)
+    count = int(checkpoint.config["num_hidden_layers"])
+    blocks = [family.mlp.rpartition(".")[0].format(layer=layer) for layer in range(count)]
+    names = {name for name, _ in model.named_parameters()}
+    ends = {name for name in names if not name.startswith(tuple(f"{b}." for b in blocks))}
+    for name in ends:
+        value = checkpoint.tensor(name)
+        set_module_tensor_to_device(model, name, str(device), value, model.dtype)
+    model.tie_weights()
+    kind = str(model.dtype).removeprefix("torch.")
+    index = {
+        name: {"safetensors_file": str(checkpoint.files[name]), "weight_name": name, "dtype": kind}
+        for name in names - ends
+    }
+    device_map = dict.fromkeys(family.ends, str(device)) | dict.fromkeys(blocks, "disk")
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it was asked for
-    with tempfile.TemporaryDirectory() as spare:  # stays empty: safetensors are read where they are
-        yield load_model(
-            checkpoint.folder, dtype, {"device_map": device_map, "offload_folder": spare}
-        )
+    dispatch_model(model, device_map, str(device), offload_index=index)  # pyright: ignore
+    return model.eval()
 
 
 def _give_back_freed() -> None:
