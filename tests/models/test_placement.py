@@ -56,7 +56,7 @@ def test_offloaded_weights_are_not_in_memory_on_the_way_either(tmp_path):
 
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    with offloaded(tmp_path):
+    with offloaded(tmp_path, "bfloat16"):  # another dtype than the stored: transformers reads all
         assert resident("VmHWM") - before < size / 3
 
 
