@@ -86,7 +86,8 @@ def _offloaded(
 ) -> PreTrainedModel:
     """Return a model whose layers are read from the checkpoint when they are used.
 
-    `from_pretrained` could place it so too, but maps every page of the checkpoint into memory on its way.
+    `from_pretrained` could place it so too, but where it converts dtypes it reads every weight on its way and
+    keeps all pages of the files in memory meanwhile.
     """
     model = outline_model(checkpoint.folder, dtype, buffers=True)
     check_tensors(model, checkpoint)
