@@ -9,7 +9,7 @@ from conftest import ROOT
 from pomona.federation.graft import Graft
 from pomona.federation.selection import Reconstruction
 from pomona.federation.settings import FederateSettings
-from pomona.federation.strategies import FedAvg
+from pomona.federation.strategies import FedAvg, LocalOnly
 from pomona.recipe import read_recipe
 
 
@@ -44,3 +44,17 @@ def test_flex_faithful_is_what_was_published(read):
     assert (faithful.evaluation.answers, faithful.evaluation.new_tokens) == (100, 256)
     assert (faithful.data, faithful.strategy, faithful.fraction) == (flex.data, FedAvg(), 1.0)
     assert Path(faithful.data.train).name == "train.jsonl"
+
+
+def test_the_honest_opponents_have_everything_but_the_others_help(read):
+    flex, twin, pooled = read("flex"), read("local-only-flex"), read("centralised")
+    assert twin == replace(flex, name="local-only-flex", strategy=LocalOnly())
+    steps = len(flex.data.partition.categories) * flex.local.steps  # as many rows in all
+    assert pooled == replace(
+        flex,
+        name="centralised",
+        strategy=FedAvg(),
+        pooled=True,
+        personal=None,  # one model needs one LoRA
+        local=replace(flex.local, steps=steps),
+    )
