@@ -29,13 +29,13 @@ class Tilted:
     are FedAvg bit for bit.
     """
 
-    tilt: float = 4.0
+    tilt: float = 2.0
     keep: float = 0.8
     learning_rate: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.tilt < math.inf:
-            raise PomonaError(f"Tilted tilt {self.tilt} is not 0 or more; use for example 4")
+            raise PomonaError(f"Tilted tilt {self.tilt} is not 0 or more; use for example 2")
         if not 0 <= self.keep < 1:
             raise PomonaError(
                 f"Tilted keep {self.keep} is not a share below 1; use for example 0.8"
