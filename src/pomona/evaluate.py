@@ -173,7 +173,7 @@ def speed(
     generator = torch.Generator().manual_seed(0)
     prompt_BT = torch.randint(vocabulary, (1, total - new_tokens), generator=generator)
     with base.attach_one(state):
-        return generation_speeds(models, prompt_BT, new_tokens, repeats, progress)
+        return generation_speeds(models, prompt_BT.to(base.device), new_tokens, repeats, progress)
 
 
 @dataclass

@@ -61,7 +61,7 @@ def updates(strategy):
     def values():
         return {n: torch.randn(shape, generator=generator) for n, shape in SHAPES.items()}
 
-    sent = [Update(f"c{i}", i + 1, values()) for i in range(4)]
+    sent = [Update(f"c{i}", i + 1, values(), 4.0 + i / 10) for i in range(4)]
     if isinstance(strategy, Corrects):
         for update in sent:
             update.shared.update(strategy.report(strategy.birth(update.shared), values())[1])

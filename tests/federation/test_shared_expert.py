@@ -82,7 +82,7 @@ def test_it_is_averaged_with_the_adapter_and_the_choice_of_expert_never_travels(
     extra = dict(sent)
     if kind == "scaffold":
         extra |= {f"control.{n}": torch.zeros_like(v) for n, v in sent.items()}
-    updates = [Update(name, 5, extra) for name in "abcde"]
+    updates = [Update(name, 5, extra, 4.5) for name in "abcde"]
     shared = strategy.aggregate(strategy.init(first), updates).shared
     assert shared.keys() == first.keys()
     changed = [

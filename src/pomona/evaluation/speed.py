@@ -9,7 +9,6 @@ from statistics import median
 import torch
 from torch import nn
 
-from pomona.models.placement import device_of
 from pomona.progress import Progress, silent
 from pomona.shapes import Tokens
 
@@ -66,7 +65,6 @@ def generation_speeds(
 @torch.no_grad()
 def _generate(model: nn.Module, prompt_BT: Tokens, new_tokens: int) -> tuple[float, float]:
     """Return the seconds of the prompt and of the tokens after it; reading a token waits for it."""
-    prompt_BT = prompt_BT.to(device_of(model))
     start = time.perf_counter()
     output = model(input_ids=prompt_BT, use_cache=True, logits_to_keep=1)
     token = int(output.logits[0, -1].argmax())

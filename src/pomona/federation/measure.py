@@ -188,7 +188,7 @@ def speed_of(
     prompt_BT = torch.randint(vocabulary, (1, prompt), generator=generator)
     models = {"base": base.model, "client": base.model}
     worn = {"client": lambda: base.attach_one(state)}
-    return generation_speeds(models, prompt_BT, new_tokens, repeats, worn=worn)
+    return generation_speeds(models, prompt_BT.to(base.device), new_tokens, repeats, worn=worn)
 
 
 def communication(
