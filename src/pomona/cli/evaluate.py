@@ -122,10 +122,8 @@ def evaluate(
     for path in (json, None if figures is None else figures / "expert-load.svg"):
         if path is not None:
             check_writable(path)
-    whole, only = (
-        PersonalModel(model, adapter, graft, personal, device),
-        lengths[0] if lengths else None,
-    )
+    whole = PersonalModel(model, adapter, graft, personal, device)
+    only = lengths[0] if lengths else None
     found: dict[str, Any]
     notes: list[str] = []
     with progress_bars() as progress:
