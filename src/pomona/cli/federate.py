@@ -41,11 +41,11 @@ def federate(
     tflops: Rate = None,
     device: Device = "auto",
 ) -> None:
-    """Tune a model across clients that share only LoRA.
+    """Tune a model across clients that share a small adapter and no rows.
 
-    RECIPE names the model, the clients' rows and the method. RUN gets metrics, answers and results,
-    the shared part as a PEFT adapter and one graft folder per client; a graft never leaves its
-    client. An interrupted run goes on with the same command. --dry-run reads the rows and the model's
+    RECIPE names the model, the clients' rows, what is shared and what is private. RUN gets metrics, answers
+    and results, the shared part as a PEFT adapter and one graft folder per client; a graft never leaves
+    its client. An interrupted run goes on with the same command. --dry-run reads the rows and the model's
     config.json, and writes nothing.
     """
     _check_options(out, dry_run, tflops)

@@ -22,7 +22,6 @@ from pomona.federation.estimate import (
 from pomona.federation.graft import check_count
 from pomona.federation.local import LocalTraining
 from pomona.federation.outline import OutlinedStep, outlined_step
-from pomona.federation.sampling import participants, survivors
 from pomona.federation.settings import FederateSettings
 from pomona.federation.strategies import Corrects, Hears, frozen_part
 from pomona.federation.update import ClientState, join, learns, split
@@ -139,9 +138,7 @@ def _schedule(settings: FederateSettings, trainers: Mapping[str, int]) -> _Sched
     sent, answered = dict.fromkeys(trainers, 0), dict.fromkeys(trainers, 0)
     steps, cohort = 0, 1
     for round_ in range(1, settings.rounds + 1):
-        present = [name for name in trainers if settings.takes_part(name, round_)]
-        chosen = participants(settings.seed, round_, present, settings.fraction)
-        answering = survivors(settings.seed, round_, chosen, settings.dropout)
+        chosen, answering = settings.drawn(trainers, round_)
         cohort = max(cohort, min(len(answering), settings.cohort))
         for name in chosen:
             sent[name] += 1

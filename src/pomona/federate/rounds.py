@@ -14,7 +14,6 @@ from pomona.federation.dp_sgd import row_epsilon, steps_of
 from pomona.federation.local import LocalTraining, Trained, train_cohort
 from pomona.federation.measure import communication
 from pomona.federation.privacy import epsilon, noise_key, protect
-from pomona.federation.sampling import participants, survivors
 from pomona.federation.settings import Finish
 from pomona.federation.stage import Task
 from pomona.federation.strategies import (
@@ -41,9 +40,7 @@ def train_round(federation: Federation, snapshot: Snapshot, round_: int) -> Snap
     """Sample → train cohorts → aggregate → evaluate → commit."""
     settings, began = federation.settings, monotonic()
     strategy = settings.strategy
-    present = [n for n in federation.train if settings.takes_part(n, round_)]
-    chosen = participants(settings.seed, round_, present, settings.fraction)
-    answering = survivors(settings.seed, round_, chosen, settings.dropout)
+    chosen, answering = settings.drawn(federation.train, round_)
     private: dict[str, ClientState] = {}
     updates: list[Update] = []
     metrics: list[dict[str, Any]] = []

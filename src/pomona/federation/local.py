@@ -43,7 +43,7 @@ class LocalTraining:
     steps: int = 5
     epochs: int = 0
     batch: int = 4
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     final_learning_rate: float = 5e-5
     keep_optimiser: bool = False
     optimiser: AdamW = field(default_factory=AdamW)

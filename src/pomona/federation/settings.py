@@ -1,6 +1,6 @@
 """Everything one can say about a federation."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -13,7 +13,7 @@ from pomona.federation.graft import Graft
 from pomona.federation.local import LocalTraining
 from pomona.federation.measure import Evaluation
 from pomona.federation.privacy import Privacy
-from pomona.federation.sampling import sample_size
+from pomona.federation.sampling import participants, sample_size, survivors
 from pomona.federation.shared_expert import SharedGraft
 from pomona.federation.strategies import FedAvg, FlexLoRA, FLoRA, Hears, Krum, LocalOnly, Strategy
 from pomona.models.lora import LoRA
@@ -163,6 +163,12 @@ class FederateSettings:
     def takes_part(self, client: str, round_: int) -> bool:
         """Whether a client may be sampled in a round."""
         return client not in self.newcomers and self.joins.get(client, 1) <= round_
+
+    def drawn(self, clients: Iterable[str], round_: int) -> tuple[list[str], list[str]]:
+        """Return whom a round's sample holds, and who of them answers (`dropout`)."""
+        present = [name for name in clients if self.takes_part(name, round_)]
+        chosen = participants(self.seed, round_, present, self.fraction)
+        return chosen, survivors(self.seed, round_, chosen, self.dropout)
 
     @property
     def finishing(self) -> Finish | None:
