@@ -352,6 +352,10 @@ def test_memory_and_kept_optimisers_survive_an_interruption(
             "Krum got 3 updates in a round, but malicious = 1 needs at least 5",
         ),
         ({"strategy": Krum(), "fraction": 0.6}, "Krum got 2 updates in a round"),
+        ({"strategy": Krum(), "dropout": 0.4}, "Krum got 2 updates in a round"),
+        ({"strategy": Scaffold(0.5)}, "strategy fraction 0.5 of scaffold is not the recipe's"),
+        ({"newcomers": ("plums",), "graft": None}, "has nothing of its own to train"),
+        ({"graft": None, "finish": Finish(newcomers_only=False)}, "nothing of its own to train"),
         ({"ranks": {"pears": 1}}, "ranks: FedAvg needs the same rank of everybody"),
         ({"ranks": {"pears": 9}, "strategy": FLoRA()}, 'client "pears" has rank 9, which is not'),
         (

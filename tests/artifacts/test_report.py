@@ -1,5 +1,6 @@
 """The comparison and its page: figures that can be recomputed, one file without any request."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -7,6 +8,7 @@ import tomllib
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
 from pomona.artifacts.report import write_report
@@ -141,14 +143,39 @@ def test_new_clients_have_everything_again(runs, tmp_path):
         assert own.results["personal"]["mean"] == whole.results["personal"]["clients"]["plums"]
         assert {a["client"] for a in own.answers} == {"plums"}
         assert {m["client"] for m in own.metrics} == {"plums"}
+        for model, routing in own.results["routing"].items():
+            lines = [m for m in whole.metrics if m["model"] == model and m["client"] == "plums"]
+            counts_LE = np.array(lines[-1]["counts"], dtype=float)
+            assert np.allclose(routing["load"], counts_LE / counts_LE.sum(1, keepdims=True))
+        assert own.results["routing"].keys() == whole.results["routing"].keys() != set()
     write_report(paths, tmp_path / "report.html")
     _, heading, page = (tmp_path / "report.html").read_text("utf-8").partition("New clients</h2>")
     assert heading
     assert page.count("<table") > 3
+    assert "Expert load" in page
     for line in compare(found, "loss"):
         assert f"{line.mean.mean:.3f}" in page
     write_report(runs, tmp_path / "none.html")
     assert "New clients" not in (tmp_path / "none.html").read_text("utf-8")
+
+
+def test_an_answer_may_hold_any_line_separator(runs, tmp_path):
+    """U+2028 and its like end no line of a file of JSON lines."""
+    copy = tmp_path / "run"
+    shutil.copytree(runs[0], copy)
+    lines = [json.loads(line) for line in (copy / "answers.jsonl").read_bytes().splitlines()]
+    first = next(line for line in lines if line["reference"] is not None)
+    first["reference"] = "one\u2028two\u2029three\u0085four\x0cfive"
+    written = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+    results = (copy / "results.json").read_text("utf-8")
+    before = hashlib.sha256((copy / "answers.jsonl").read_bytes()).hexdigest()
+    assert before in results
+    (copy / "answers.jsonl").write_bytes(written)
+    after = hashlib.sha256(written).hexdigest()
+    (copy / "results.json").write_text(results.replace(before, after), encoding="utf-8")
+    (found,) = load_runs([copy])
+    assert len(found.answers) == len(lines)
+    write_report([copy], tmp_path / "report.html")
 
 
 def test_the_same_runs_give_the_same_page(runs, tmp_path):

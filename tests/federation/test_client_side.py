@@ -11,7 +11,15 @@ from pomona.data.examples import collate
 from pomona.errors import PomonaError
 from pomona.federation.local import LocalTraining, train_cohort
 from pomona.federation.stage import Task
-from pomona.federation.strategies import FedAvg, FedSALoRA, FFALoRA, FLoRA, Scaffold, SharedFixed
+from pomona.federation.strategies import (
+    FedAvg,
+    FedProx,
+    FedSALoRA,
+    FFALoRA,
+    FLoRA,
+    Scaffold,
+    SharedFixed,
+)
 from pomona.federation.update import Update, join, split
 from pomona.models.lora import LoRA, attach_lora
 from pomona.models.peft_format import without_residuals
@@ -95,6 +103,30 @@ def test_ffa_trains_and_sends_b_alone():
     assert all(torch.equal(v, after.state.adapter[n]) for n, v in server.shared.items())
 
 
+def test_ffas_server_is_numpys():
+    """The mean of B by rows beside the A that everybody was born with."""
+    rng, strategy = np.random.default_rng(0), FFALoRA()
+    born = {"q.lora_A": torch.ones(2, 4), "q.lora_B": torch.zeros(3, 2)}
+    sent = [(rows, rng.normal(size=(3, 2))) for rows in (3, 5)]
+    updates = [Update("c", rows, {"q.lora_B": torch.tensor(b)}) for rows, b in sent]
+    after = strategy.aggregate(strategy.init(born), updates).shared
+    assert torch.equal(after["q.lora_A"], born["q.lora_A"])
+    mean = sum(rows * b for rows, b in sent) / 8
+    np.testing.assert_allclose(after["q.lora_B"].numpy(), mean, rtol=1e-6)
+
+
+def test_fedproxs_penalty_is_numpys():
+    """μ / 2 · ‖θ − θ₀‖², over all tensors of a client together."""
+    rng = np.random.default_rng(0)
+    now, sent = ([rng.normal(size=(2, *s)) for s in ((3, 4), (5,))] for _ in range(2))
+    named = [{f"t{i}": torch.tensor(v) for i, v in enumerate(own)} for own in (now, sent)]
+    found = FedProx(0.3).penalty(*named)
+    distance = [
+        sum(((a[c] - b[c]) ** 2).sum() for a, b in zip(now, sent, strict=True)) for c in range(2)
+    ]
+    np.testing.assert_allclose(found.numpy(), 0.15 * np.array(distance), rtol=1e-12)
+
+
 def test_fedsa_keeps_every_clients_own_b():
     base, strategy = base_of("mixtral"), FedSALoRA()
     tasks = [Task(f"c{c}", newborn(base, f"c{c}"), examples(c)) for c in range(2)]
@@ -104,7 +136,10 @@ def test_fedsa_keeps_every_clients_own_b():
         assert all(name.endswith("lora_A") for name in sent)
         assert all(name.endswith("lora_B") for name in private.adapter)
     updates = [Update(f"c{c}", c + 1, sent) for c, (sent, _) in enumerate(parts)]
-    server = FedAvg().aggregate(FedAvg().init({}), updates)
+    server = strategy.aggregate(strategy.init({}), updates)
+    for name, value in server.shared.items():
+        mean = (parts[0][0][name].numpy() + 2 * parts[1][0][name].numpy()) / 3
+        np.testing.assert_allclose(value.numpy(), mean, rtol=1e-5, atol=1e-8)
     for (_, private), t in zip(parts, trained, strict=True):
         again = join(server.shared, private)
         assert again.adapter.keys() == t.state.adapter.keys()

@@ -19,7 +19,7 @@ from pomona.federation.partition import (
     SomeCategories,
 )
 from pomona.federation.partition.iid import apportion
-from pomona.federation.sampling import batches, participants
+from pomona.federation.sampling import batches, participants, passes
 from pomona.seeds import numpy_generator
 
 ROWS = [Row(str(i), "", "r", "abcd"[i % 4]) for i in range(200)]
@@ -254,6 +254,17 @@ def test_participants():
     assert {n for c in chosen for n in c} == set(names)
     assert participants(0, 1, names, 1.0) == names
     assert len(participants(0, 1, names, 0.001)) == 1
+
+
+@given(rows=st.integers(1, 20), batch=st.integers(1, 8), epochs=st.integers(1, 4))
+def test_an_epoch_is_every_row_once(rows, batch, epochs):
+    drawn = passes(0, 1, "a", rows, batch, epochs)
+    steps = -(-rows // batch)
+    assert len(drawn) == epochs * steps
+    for epoch in range(epochs):
+        own = drawn[epoch * steps : (epoch + 1) * steps]
+        assert sorted(i for b in own for i in b) == list(range(rows))
+        assert all(len(b) == min(batch, rows) for b in own[:-1])
 
 
 def test_batches_use_every_row_before_any_twice():

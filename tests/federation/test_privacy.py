@@ -23,11 +23,12 @@ from pomona.artifacts.run import RunDirectory
 from pomona.errors import PomonaError
 from pomona.federate import federate
 from pomona.federation.clients import ClientData
+from pomona.federation.early_stop import EarlyStop
 from pomona.federation.graft import Graft
 from pomona.federation.local import LocalTraining
 from pomona.federation.measure import Evaluation
 from pomona.federation.privacy import KEY, Privacy, clipped, epsilon, noise_key, protect
-from pomona.federation.settings import FederateSettings
+from pomona.federation.settings import FederateSettings, Finish
 from pomona.federation.strategies import (
     STRATEGIES,
     Corrects,
@@ -87,9 +88,11 @@ def test_epsilon_of_composed_gaussians_is_the_closed_form(rounds, noise, delta):
     def exact(sigma):
         return brentq(lambda e: gaussian_delta(e, sigma / math.sqrt(rounds)) - delta, 0, 600)
 
-    assert epsilon(Privacy(2.0, noise, delta=delta), rounds, 9, 3) == pytest.approx(exact(noise))
+    assert epsilon(Privacy(2.0, noise, delta=delta), {(3, 9): rounds}) == pytest.approx(
+        exact(noise)
+    )
     local = Privacy(2.0, noise, "local", delta)
-    assert epsilon(local, rounds, 9, 3) == pytest.approx(exact(noise / 2))
+    assert epsilon(local, {(3, 9): rounds}) == pytest.approx(exact(noise / 2))
 
 
 @pytest.mark.parametrize(
@@ -111,7 +114,7 @@ def test_one_poisson_round_is_the_integral_over_both_directions(clients, sampled
     exact = brentq(
         lambda e: max(loss(e, with_client, without), loss(e, without, with_client)) - delta, 0, 50
     )
-    found = epsilon(Privacy(1.0, noise, delta=delta, sampling="poisson"), 1, clients, sampled)
+    found = epsilon(Privacy(1.0, noise, delta=delta, sampling="poisson"), {(sampled, clients): 1})
     assert found == pytest.approx(exact, rel=2e-3)
     assert found >= exact * (1 - 1e-4)  # rounded to the safe side
 
@@ -131,7 +134,9 @@ def test_epsilon_of_samples_is_the_librarys(clients, sampled, rounds):
         rounds,
     )
     plain = dp_accounting.get_epsilon_gaussian(noise / 2 / math.sqrt(rounds), delta)
-    found = epsilon(Privacy(1.0, noise, delta=delta, sampling="fixed"), rounds, clients, sampled)
+    found = epsilon(
+        Privacy(1.0, noise, delta=delta, sampling="fixed"), {(sampled, clients): rounds}
+    )
     assert found == min(fixed.get_epsilon(delta), plain)
     poisson = dp_accounting.rdp.RdpAccountant()
     poisson.compose(
@@ -140,19 +145,61 @@ def test_epsilon_of_samples_is_the_librarys(clients, sampled, rounds):
         ),
         rounds,
     )
-    tight = epsilon(Privacy(1.0, noise, delta=delta, sampling="poisson"), rounds, clients, sampled)
+    tight = epsilon(
+        Privacy(1.0, noise, delta=delta, sampling="poisson"), {(sampled, clients): rounds}
+    )
     assert 0.6 * poisson.get_epsilon(delta) < tight <= poisson.get_epsilon(delta)
+
+
+def test_rounds_of_several_samples_add_up():
+    """Where clients join late, every round is accounted for with those who could be in it."""
+    noise, delta, rounds = 4.0, 1e-5, {(2, 10): 5, (4, 20): 7}
+    fixed = dp_accounting.rdp.RdpAccountant(
+        neighboring_relation=dp_accounting.NeighboringRelation.REPLACE_ONE
+    )
+    poisson = dp_accounting.pld.PLDAccountant()
+    for (sampled, of), times in rounds.items():
+        half, whole = (dp_accounting.GaussianDpEvent(n) for n in (noise / 2, noise))
+        fixed.compose(dp_accounting.SampledWithoutReplacementDpEvent(of, sampled, half), times)
+        poisson.compose(dp_accounting.PoissonSampledDpEvent(sampled / of, whole), times)
+    plain = dp_accounting.get_epsilon_gaussian(noise / 2 / math.sqrt(12), delta)
+    found = epsilon(Privacy(1.0, noise, delta=delta, sampling="fixed"), rounds)
+    assert found == pytest.approx(min(fixed.get_epsilon(delta), plain))
+    found = epsilon(Privacy(1.0, noise, delta=delta, sampling="poisson"), rounds)
+    assert found == pytest.approx(poisson.get_epsilon(delta), rel=1e-3)
+
+
+def test_early_stop_would_tell_what_noise_hides(plain):
+    with pytest.raises(PomonaError, match="early_stop tells the loss of rows without noise"):
+        replace(plain, privacy=Privacy(0.5, 2.0), early_stop=EarlyStop())
+
+
+def test_who_cannot_be_sampled_hides_nobody(plain, tmp_path):
+    """Newcomers and those who join later are not among the clients that a round draws from."""
+    private = replace(
+        plain,
+        rounds=2,
+        fraction=0.5,
+        newcomers=("plums",),
+        joins={"pears": 2},
+        graft=Graft(),
+        finish=Finish(1, LocalTraining(steps=1, batch=2)),
+        privacy=Privacy(0.5, 2.0, delta=1e-3, sampling="fixed"),
+    )
+    lines = metrics(run(private, tmp_path / "late"), "privacy")
+    told = [epsilon(private.privacy, r) for r in ({(1, 1): 1}, {(1, 1): 1, (1, 2): 1})]
+    assert [line["epsilon"] for line in lines] == told
 
 
 def test_amplification_is_what_small_samples_gain():
     def spent(sampling, sampled):
-        return epsilon(Privacy(1.0, 4.0, sampling=sampling), 100, 1000, sampled)
+        return epsilon(Privacy(1.0, 4.0, sampling=sampling), {(sampled, 1000): 100})
 
     for sampling in ("fixed", "poisson"):
         assert spent(sampling, 10) < spent("known", 10) / 3
         assert spent(sampling, 10) < spent(sampling, 100)
     assert spent("poisson", 1000) == spent("known", 1000)
-    assert spent("fixed", 1000) == epsilon(Privacy(1.0, 2.0), 100, 1000, 1000)
+    assert spent("fixed", 1000) == epsilon(Privacy(1.0, 2.0), {(1000, 1000): 100})
 
 
 @given(
@@ -164,7 +211,7 @@ def test_amplification_is_what_small_samples_gain():
 @settings(max_examples=10, deadline=None)
 def test_more_rounds_cost_more_and_more_noise_less(noise, rounds, sampling, sampled):
     def spent(noise, rounds):
-        return epsilon(Privacy(1.0, noise, sampling=sampling), rounds, 40, sampled)
+        return epsilon(Privacy(1.0, noise, sampling=sampling), {(sampled, 40): rounds})
 
     assert 0 <= spent(noise, rounds) <= spent(noise, rounds + 5) * (1 + 1e-3)
     assert spent(2 * noise, rounds) <= spent(noise, rounds)
@@ -374,7 +421,7 @@ def test_epsilon_is_told_every_round_in_metrics_on_screen_and_in_the_report(plai
     )
     path = run(private, tmp_path / "private", notes.append)
     lines = metrics(path, "privacy")
-    spent = [epsilon(private.privacy, r, 3, 3) for r in (1, 2)]
+    spent = [epsilon(private.privacy, {(3, 3): r}) for r in (1, 2)]
     assert [line["epsilon"] for line in lines] == spent
     assert [line["round"] for line in lines] == [1, 2]
     assert {line["delta"] for line in lines} == {1e-3}

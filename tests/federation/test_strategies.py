@@ -397,6 +397,24 @@ def test_a_truncated_product_is_the_best_of_its_rank(out, stacked, into, rank):
     )
 
 
+def test_flexlora_factorises_every_expert_by_itself():
+    """Fused experts [E, R, in] are what E projections are, bit for bit apart from the batched routines."""
+    shapes = {"e.lora_A": (4, 3, 8), "e.lora_B": (4, 6, 3)}
+    sent = [Update(f"c{i}", i + 2, tensors(i, shapes)) for i in range(3)]
+    found = FlexLoRA().aggregate(ServerState(tensors(9, shapes)), sent).shared
+    for expert in range(4):
+        own = [
+            Update(
+                u.client, u.rows, {n.replace("e", "q", 1): v[expert] for n, v in u.shared.items()}
+            )
+            for u in sent
+        ]
+        product = found["e.lora_B"][expert].double() @ found["e.lora_A"][expert].double()
+        u, sigma, v = np.linalg.svd(dense_mean(own, "q"), full_matrices=False)
+        best = u[:, :3] * sigma[:3] @ v[:3]
+        np.testing.assert_allclose(product, best, rtol=1e-4, atol=1e-5)
+
+
 def test_flexlora_averages_what_is_no_pair():
     shapes = {**SHAPES, "norm.weight": (5,), "k.lora_A": (2, 4)}
     sent = updates(3, shapes=shapes)

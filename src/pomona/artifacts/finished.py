@@ -15,6 +15,7 @@ from pomona.artifacts.results import (
     TASKS,
     SpeedFile,
     of_model,
+    pooled_routing,
     read_results,
 )
 from pomona.artifacts.run import read_about
@@ -57,7 +58,7 @@ class FinishedRun:
         return everybody if recipe.get("rounds") == 0 else list(recipe.get("newcomers", ()))
 
     def of(self, clients: Collection[str]) -> "FinishedRun":
-        """Return the run as if it had measured these clients alone; the load of experts is left out."""
+        """Return the run as if it had measured these clients alone."""
 
         def own(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
             return [line for line in lines if line.get("client", "") in {*clients, None}]
@@ -74,10 +75,24 @@ class FinishedRun:
         return replace(
             self,
             answers=answers,
-            results={**results, "routing": {}},
+            results={**results, "routing": self._routing_of(clients)},
             metrics=own(self.metrics),
             forgetting=own(self.forgetting),
+            tasks=own(self.tasks),
         )
+
+    def _routing_of(self, clients: Collection[str]) -> dict[str, Any]:
+        """Pool what metrics.jsonl counted last of these clients, by model; runs of before cannot tell."""
+        found: dict[str, Any] = {}
+        for model, pooled in self.results["routing"].items():
+            last = {
+                line["client"]: line["counts"]
+                for line in self.metrics
+                if line["model"] == model and "counts" in line and line["client"] in clients
+            }
+            if last and pooled.get("experts"):
+                found[model] = pooled_routing(list(last.values()), pooled["experts"])
+        return found
 
 
 def load_runs(paths: Sequence[Path]) -> list[FinishedRun]:
@@ -120,7 +135,8 @@ def _load(path: Path) -> FinishedRun:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    # bytes: text would be split at U+2028 and its like too, which answers may hold
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 def _with_match(answer: dict[str, Any]) -> dict[str, Any]:

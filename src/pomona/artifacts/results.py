@@ -1,7 +1,7 @@
 """From rows of a final evaluation to the numbers people compare."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class _Model:
 class _Routing:
     load: list[list[float]]
     entropy: list[float]
+    experts: list[int] = field(default_factory=list[int])
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,10 @@ def assemble_results(
         "gate_openness": {line["client"]: line["openness"] for line in routing if line["openness"]}
         or None,
         "routing": {
-            model: _routing([line for line in routing if line["model"] == model], sites)
+            model: pooled_routing(
+                [line["counts"] for line in routing if line["model"] == model],
+                [site.num_experts for site in sites],
+            )
             for model in MODELS
             if any(line["model"] == model for line in routing)
         },
@@ -151,11 +155,16 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _routing(lines: Sequence[Mapping[str, Any]], sites: Sequence[ExpertSite]) -> dict[str, Any]:
-    """Pool the clients' counts: [L, C, E] → load and entropy per layer."""
-    counts_LCE = torch.tensor([line["counts"] for line in lines]).transpose(0, 1)
-    load = expert_load(counts_LCE.sum(1), [site.num_experts for site in sites])
-    return {"load": load.share_LE.tolist(), "entropy": load.entropy_L.tolist()}
+def pooled_routing(
+    counts_CLE: Sequence[Sequence[Sequence[int]]], experts_L: Sequence[int]
+) -> dict[str, Any]:
+    """Pool clients' assignments: the share of every expert and the entropy of every layer."""
+    load = expert_load(torch.tensor(counts_CLE).sum(0), experts_L)
+    return {
+        "load": load.share_LE.tolist(),
+        "entropy": load.entropy_L.tolist(),
+        "experts": list(experts_L),
+    }
 
 
 def _selection(sites: Sequence[ExpertSite], graft: Mapping[str, Tensor]) -> list[int | list[int]]:

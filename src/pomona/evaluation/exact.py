@@ -10,7 +10,7 @@ import string
 from decimal import Decimal
 
 _MARK = "####"
-_NUMBER = re.compile(r"\s*(-?)\s*\$?\s*(-?(?:\d[\d,]*(?:\.\d+)?|\.\d+))")
+_NUMBER = re.compile(r"\s*(?:(-)\s*\$?|\$\s*(-?)|)\s*(\d[\d,]*(?:\.\d+)?|\.\d+)")  # one sign
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -37,4 +37,6 @@ def _number(text: str) -> Decimal | None:
     """Return the number after the last mark, or None."""
     _, mark, rest = text.rpartition(_MARK)
     found = _NUMBER.match(rest) if mark else None
-    return Decimal(found[1] + found[2].replace(",", "")) if found else None
+    if not found:
+        return None
+    return Decimal((found[1] or found[2] or "") + found[3].replace(",", ""))

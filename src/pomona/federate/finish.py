@@ -15,7 +15,7 @@ from pomona.federate.prepare import Federation
 from pomona.federation.cost import cost_of
 from pomona.federation.forgetting import forgetting_lines, task_lines
 from pomona.federation.measure import Measured, answers_of, speed_of
-from pomona.federation.update import ClientState, join
+from pomona.federation.update import ClientState
 
 
 def finish(federation: Federation, snapshot: Snapshot) -> dict[str, Any]:
@@ -67,7 +67,8 @@ def _write_options(
     if evaluation.speed:
         name, own = next(iter(private.items()))
         length = federation.settings.max_length - evaluation.new_tokens
-        speed = speed_of(base, join(shared, own), length, evaluation.new_tokens)
+        state = federation.state(name, shared, own)
+        speed = speed_of(base, state, length, evaluation.new_tokens)
         federation.run.write_speed(name, speed)
 
 

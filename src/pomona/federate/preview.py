@@ -155,6 +155,8 @@ def _schedule(settings: FederateSettings, trainers: Mapping[str, int]) -> _Sched
 
 def _rows_of(training: LocalTraining, rows: int) -> int:
     """Return the rows of all steps of a round."""
+    if training.epochs:
+        return training.epochs * rows
     return training.steps_of(rows) * min(training.batch, rows)
 
 

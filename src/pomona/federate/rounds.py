@@ -1,5 +1,6 @@
 """The rounds: sample → train cohorts → protect → aggregate → evaluate → commit."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from time import monotonic
 from typing import Any
@@ -51,7 +52,7 @@ def train_round(federation: Federation, snapshot: Snapshot, round_: int) -> Snap
             loss = strategy.told(trained.losses) if isinstance(strategy, Hears) else None
             updates.append(Update(name, len(federation.train[name]), shared, loss))
         metrics.append(_training_line(round_, name, trained))
-    protected, spent = _protect(federation, snapshot, updates, round_, len(chosen))
+    protected, spent = _protect(federation, snapshot, updates, round_)
     server = strategy.aggregate(snapshot.server, protected)
     sent = sent_to_clients(strategy, snapshot.server)
     messages = {name: federation.sends(name, sent) for name in chosen}
@@ -155,14 +156,14 @@ def _protect(
     snapshot: Snapshot,
     updates: Sequence[Update],
     round_: int,
-    sampled: int,
 ) -> tuple[Sequence[Update], list[dict[str, Any]]]:
     """Return what the server may see of the updates, and the ε that this has cost so far."""
     settings, privacy = federation.settings, federation.settings.privacy
     if privacy is None:
         return updates, []
     key, secret = noise_key(settings.seed)
-    spent = epsilon(privacy, round_, len(federation.train), sampled)
+    rounds = Counter(settings.sample(federation.train, r) for r in range(1, round_ + 1))
+    spent = epsilon(privacy, rounds)
     federation.tell(f"round {round_}: ε = {spent:.4g} at δ = {privacy.delta:g}")
     line = {
         "round": round_,

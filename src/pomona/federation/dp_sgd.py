@@ -150,4 +150,4 @@ def row_epsilon(dp: DPSGD, rows: int, batch: int, steps: int) -> float:
     """
     if steps == 0:
         return 0.0
-    return epsilon_of_samples(dp.noise, dp.delta, steps, rows, min(batch, rows))
+    return epsilon_of_samples(dp.noise, dp.delta, {(min(batch, rows), rows): steps})

@@ -15,7 +15,7 @@ from pomona.errors import PomonaError
 from pomona.federation.cohort import FrozenBase
 from pomona.federation.dp_sgd import DPSGD, RowNoise, steps_of, with_steps
 from pomona.federation.privacy import noise_key
-from pomona.federation.sampling import batches, samples
+from pomona.federation.sampling import batches, passes, samples
 from pomona.federation.stage import Stage, Task, steps_taken, without_optimiser
 from pomona.federation.strategies.protocol import Corrects, Strategy
 from pomona.federation.update import ClientState
@@ -140,8 +140,10 @@ def train_cohort(
 def _drawn(
     training: LocalTraining, seed: int | str, round_: int, task: Task, steps: int
 ) -> list[list[int]]:
-    """Return the rows of a client's steps: epoch by epoch, or for DP-SGD every step's by itself."""
+    """Return the rows of a client's steps, for DP-SGD every step's drawn by itself."""
     rows, batch = len(task.examples), training.batch
+    if training.epochs:  # which DP-SGD excludes
+        return passes(seed, round_, task.client, rows, batch, training.epochs)
     if training.dp_sgd is None:
         return batches(seed, round_, task.client, rows, batch, steps)
     return samples(noise_key(seed)[0], round_, task.client, rows, batch, steps)

@@ -35,6 +35,8 @@ from pomona.seeds import torch_generator
 KEY = "POMONA_NOISE_KEY"
 _AVERAGING = (FedAvg, FedProx, FedAvgM, FedAdagrad, FedAdam, FedYogi)
 _Tensors = dict[str, Tensor]
+Sample = tuple[int, int]
+"""How many were sampled, of how many."""
 
 
 @dataclass(frozen=True)
@@ -167,44 +169,53 @@ def _moved(sent: Mapping[str, Tensor], change: _Tensors) -> _Tensors:
     return {name: (sent[name].double() + by).to(sent[name].dtype) for name, by in change.items()}
 
 
-def epsilon(privacy: Privacy, rounds: int, clients: int, sampled: int) -> float:
-    """Return ε at the privacy's delta after `rounds` rounds with `sampled` of `clients` in each.
+def epsilon(privacy: Privacy, rounds: Mapping[Sample, int]) -> float:
+    """Return ε at the privacy's delta after `rounds`: how many there were of every (sampled, of).
 
     What neighbours are: central and "known", a client's change and none at all; "poisson", a client
     more or fewer; "fixed" and local, any change in place of another, which is twice as far. A client
-    counts as taking part in every round where nobody knows better, so that ε holds for each.
+    counts as one that could be sampled in every round where nobody knows better, so that ε holds for each.
     """
     if privacy.sampling == "fixed":
-        return epsilon_of_samples(privacy.noise, privacy.delta, rounds, clients, sampled)
+        return epsilon_of_samples(privacy.noise, privacy.delta, rounds)
     library = accounting()
     multiplier = privacy.noise / 2 if privacy.where == "local" else privacy.noise
-    plain = _plain(multiplier, privacy.delta, rounds)
-    if privacy.sampling == "known" or sampled == clients:
+    plain = _plain(multiplier, privacy.delta, sum(rounds.values()))
+    if privacy.sampling == "known" or _whole(rounds):
         return plain
     # finer than ε / 100,000 costs memory and shows in no figure
     accountant = library.pld.PLDAccountant(value_discretization_interval=max(1e-4, plain / 1e5))
     gaussian = library.GaussianDpEvent(multiplier)
-    accountant.compose(library.PoissonSampledDpEvent(sampled / clients, gaussian), rounds)
+    for (sampled, of), times in rounds.items():
+        accountant.compose(library.PoissonSampledDpEvent(sampled / of, gaussian), times)
     return min(plain, float(accountant.get_epsilon(privacy.delta)))
 
 
-def epsilon_of_samples(noise: float, delta: float, times: int, of: int, sampled: int) -> float:
-    """Return ε of `times` noised sums over fixed-size samples without replacement, `sampled` of `of`.
+def epsilon_of_samples(noise: float, delta: float, times: Mapping[Sample, int]) -> float:
+    """Return ε of noised sums over fixed-size samples without replacement, so many of every (sampled, of).
 
     Neighbours have one contribution in the place of another, which is twice as far as its norm: a noise
     of `noise` norms counts half. Wang, Balle & Kasiviswanathan, "Subsampled Rényi Differential Privacy",
     AISTATS 2019.
     """
-    plain = _plain(noise / 2, delta, times)
-    if sampled == of:
+    plain = _plain(noise / 2, delta, sum(times.values()))
+    if _whole(times):
         return plain
-    orders, divergences = _one_sample(noise / 2, of, sampled)
-    composed = times * divergences
-    return min(plain, float(accounting().rdp.compute_epsilon(orders, composed, delta)[0]))
+    composed = [
+        (orders, count * divergences)
+        for sample, count in times.items()
+        for orders, divergences in [_one_sample(noise / 2, *sample)]
+    ]
+    orders, divergences = composed[0][0], sum(of_sample for _, of_sample in composed)
+    return min(plain, float(accounting().rdp.compute_epsilon(orders, divergences, delta)[0]))
+
+
+def _whole(rounds: Mapping[Sample, int]) -> bool:
+    return all(sampled == of for sampled, of in rounds)
 
 
 @lru_cache(maxsize=1024)
-def _one_sample(multiplier: float, of: int, sampled: int) -> tuple[Any, Any]:
+def _one_sample(multiplier: float, sampled: int, of: int) -> tuple[Any, Any]:
     """Return Rényi orders and divergences of one sum; they add up, and take half a second to compute."""
     library = accounting()
     relation = library.NeighboringRelation.REPLACE_ONE

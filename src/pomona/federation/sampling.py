@@ -44,6 +44,18 @@ def batches(
     return [order[step * size : (step + 1) * size] for step in range(steps)]
 
 
+def passes(
+    seed: int | str, round_: int, client: str, rows: int, batch: int, epochs: int
+) -> list[list[int]]:
+    """Return the row indices of a client's steps in a round of `epochs` passes over all its rows.
+
+    Every pass has an order of its own and ends with a smaller batch where `batch` does not divide the rows.
+    """
+    generator = numpy_generator(seed, "batches", round_, client)
+    orders = [generator.permutation(rows).tolist() for _ in range(epochs)]
+    return [order[start : start + batch] for order in orders for start in range(0, rows, batch)]
+
+
 def samples(
     key: str, round_: int, client: str, rows: int, batch: int, steps: int
 ) -> list[list[int]]:

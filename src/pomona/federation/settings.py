@@ -15,7 +15,16 @@ from pomona.federation.measure import Evaluation
 from pomona.federation.privacy import Privacy
 from pomona.federation.sampling import participants, sample_size, survivors
 from pomona.federation.shared_expert import SharedGraft
-from pomona.federation.strategies import FedAvg, FlexLoRA, FLoRA, Hears, Krum, LocalOnly, Strategy
+from pomona.federation.strategies import (
+    FedAvg,
+    FlexLoRA,
+    FLoRA,
+    Hears,
+    Krum,
+    LocalOnly,
+    Scaffold,
+    Strategy,
+)
 from pomona.models.lora import LoRA
 
 _ANY_RANK = (FlexLoRA, FLoRA, LocalOnly)
@@ -97,7 +106,18 @@ class FederateSettings:
             )
         if self.privacy is not None:
             self.privacy.check(self.strategy)
+            if self.early_stop is not None:
+                raise PomonaError(
+                    "early_stop tells the loss of rows without noise, which [privacy] does not protect; leave "
+                    "one of them out"
+                )
         self._check_dp_sgd()
+        self._check_finish()
+        if isinstance(self.strategy, Scaffold) and self.strategy.fraction != self.fraction:
+            raise PomonaError(
+                f"strategy fraction {self.strategy.fraction} of scaffold is not the recipe's fraction "
+                f"{self.fraction}; give both the same"
+            )
         if self.pooled and (self.newcomers or self.joins):
             raise PomonaError("pooled rows are one client's; leave out newcomers and joins")
         if self.ranks and not isinstance(self.strategy, _ANY_RANK):
@@ -120,6 +140,16 @@ class FederateSettings:
                 raise PomonaError(
                     f'client "{name}" joins in round {round_}, but the rounds are 1 to {self.rounds}'
                 )
+
+    def _check_finish(self) -> None:
+        """Raise `PomonaError` when somebody trains after the last round and has nothing to train."""
+        finish, strategy = self.finishing, self.strategy
+        private = self.graft or self.personal or strategy.shares != "adapter"
+        if finish is not None and not finish.adapter and not private:
+            raise PomonaError(
+                "who trains after the last round (newcomers, finish, or everybody with rounds = 0) has nothing "
+                "of its own to train; add [graft] or [personal], or set finish.adapter"
+            )
 
     def _check_dp_sgd(self) -> None:
         """Raise `PomonaError` where a row would be used without the noise that `dp_sgd` promises."""
@@ -170,6 +200,11 @@ class FederateSettings:
         chosen = participants(self.seed, round_, present, self.fraction)
         return chosen, survivors(self.seed, round_, chosen, self.dropout)
 
+    def sample(self, clients: Iterable[str], round_: int) -> tuple[int, int]:
+        """Return how many clients a round samples, and of how many who may take part in it."""
+        present = sum(self.takes_part(name, round_) for name in clients)
+        return sample_size(present, self.fraction), present
+
     @property
     def finishing(self) -> Finish | None:
         """What is done after the last round; newcomers need it, told or not."""
@@ -197,5 +232,12 @@ class FederateSettings:
         present = sum(self.takes_part(name, 1) for name in names)
         if self.rounds and not present:
             raise PomonaError("joins: nobody takes part in round 1; let a client join then")
-        if isinstance(self.strategy, Krum) and self.rounds and not self.pooled:
-            self.strategy.check(sample_size(present, self.fraction))
+        if isinstance(self.strategy, Krum) and not self.pooled:
+            self._check_krum(self.strategy, names)
+
+    def _check_krum(self, strategy: Krum, names: list[str]) -> None:
+        """Raise `PomonaError` for a round that will have too few answers: who is lost is known before."""
+        for round_ in range(1, self.rounds + 1):
+            answering = self.drawn(names, round_)[1]
+            if answering:  # with none a round changes nothing
+                strategy.check(len(answering))

@@ -8,6 +8,7 @@ from pomona.artifacts.sections.answers import answers
 from pomona.artifacts.sections.convergence import convergence
 from pomona.artifacts.sections.experts import experts
 from pomona.artifacts.sections.forgetting import forgetting
+from pomona.artifacts.sections.tasks import tasks
 
 
 def newcomers(runs: Sequence[FinishedRun], baseline: str | None) -> str:
@@ -19,7 +20,9 @@ def newcomers(runs: Sequence[FinishedRun], baseline: str | None) -> str:
     own = [run.of(names) for run in runs]
     told = (
         f"{', '.join(names)}: in no round of the runs that name them as newcomers, where they trained what is "
-        "private on what the others had shared. The same figures as above, of these clients alone."
+        "private on what the others had shared. The same figures as above, of these clients alone; what a message, "
+        "a token and a step cost is the same for everybody, and a new client needs the shared part once and "
+        "sends nothing."
     )
     return "".join(
         (
@@ -29,5 +32,6 @@ def newcomers(runs: Sequence[FinishedRun], baseline: str | None) -> str:
             convergence(own),
             experts(own),
             forgetting(own, baseline),
+            tasks(own),
         )
     )

@@ -22,7 +22,8 @@ class FlexLoRA:
 
     The factor alpha / rank is the same constant for every client and stays in front. A gets
     orthonormal rows and B the singular values, so that A keeps about the size that LoRA gives it at
-    birth. Tensors that are no pair of factors are averaged by rows.
+    birth. Fused experts [E, R, in] are factorised each by itself. Tensors that are no pair of factors
+    are averaged by rows.
     """
 
     @property
@@ -62,23 +63,26 @@ def _projections(shared: Mapping[str, Tensor]) -> list[str]:
 def _mean_product(name: str, updates: Sequence[Update], old_RI: Tensor) -> tuple[Tensor, Tensor]:
     """Return A [R, in] and B [out, R] of one projection's mean product, in the old A's dtype.
 
+    Of experts, [E, R, in] and [E, out, R].
+
     Where the clients' ranks together are fewer than R, the rows of A that are left stay the old
     ones beside zeros in B: they change nothing and can still learn.
     """
     rows = sum(update.rows for update in updates)
-    a_KI = torch.cat([update.shared[f"{name}.lora_A"].double() for update in updates])
+    a_KI = torch.cat([update.shared[f"{name}.lora_A"].double() for update in updates], -2)
     b_OK = torch.cat(
-        [update.shared[f"{name}.lora_B"].double() * (update.rows / rows) for update in updates], 1
+        [update.shared[f"{name}.lora_B"].double() * (update.rows / rows) for update in updates], -1
     )
-    rank = len(old_RI)
+    rank = old_RI.shape[-2]
     found_RI, found_OR = truncated_product(b_OK, a_KI, rank)
-    a_RI = torch.cat([found_RI, old_RI[len(found_RI) :].double()])
-    b_OR = torch.cat([found_OR, found_OR.new_zeros(len(b_OK), rank - len(found_RI))], 1)
+    found = found_RI.shape[-2]
+    a_RI = torch.cat([found_RI, old_RI[..., found:, :].double()], -2)
+    b_OR = torch.cat([found_OR, found_OR.new_zeros(*b_OK.shape[:-1], rank - found)], -1)
     return a_RI.to(old_RI.dtype), b_OR.to(old_RI.dtype)
 
 
 def truncated_product(b_OK: Tensor, a_KI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return A [≤ rank, in], B [out, ≤ rank] with B · A nearest to `b_OK` · `a_KI`.
+    """Return A [≤ rank, in], B [out, ≤ rank] with B · A nearest to `b_OK` · `a_KI`, or a batch of them.
 
     QR of both stacks leaves an SVD of at most K × K; the product [out, in] is never made. The largest
     entry of every row of A is positive, which settles the sign that an SVD leaves open.
@@ -86,7 +90,7 @@ def truncated_product(b_OK: Tensor, a_KI: Tensor, rank: int) -> tuple[Tensor, Te
     basis_OQ, left_QK = torch.linalg.qr(b_OK)
     basis_IP, right_PK = torch.linalg.qr(a_KI.mT)
     u_QS, sigma_S, v_SP = torch.linalg.svd(left_QK @ right_PK.mT, full_matrices=False)
-    a_RI = (v_SP @ basis_IP.mT)[:rank]
-    b_OR = (basis_OQ @ (u_QS * sigma_S))[:, :rank]
-    sign_R = a_RI.gather(1, a_RI.abs().argmax(1, keepdim=True)).sign().squeeze(1)
-    return a_RI * sign_R.unsqueeze(1), b_OR * sign_R
+    a_RI = (v_SP @ basis_IP.mT)[..., :rank, :]
+    b_OR = (basis_OQ @ (u_QS * sigma_S.unsqueeze(-2)))[..., :rank]
+    sign_R1 = a_RI.gather(-1, a_RI.abs().argmax(-1, keepdim=True)).sign()
+    return a_RI * sign_R1, b_OR * sign_R1.mT

@@ -65,7 +65,8 @@ class Krum:
         if clients < 2 * self.malicious + 3:
             raise PomonaError(
                 f"Krum got {clients} updates in a round, but malicious = {self.malicious} needs at least "
-                f"{2 * self.malicious + 3} (2 · malicious + 3); sample more clients or lower malicious"
+                f"{2 * self.malicious + 3} (2 · malicious + 3); sample more clients, let fewer drop out or "
+                "lower malicious"
             )
         if self.chosen > clients - self.malicious:
             raise PomonaError(
