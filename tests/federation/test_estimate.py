@@ -33,6 +33,7 @@ from pomona.federation.graft import Graft
 from pomona.federation.local import LocalTraining
 from pomona.federation.measure import Evaluation, message_bytes
 from pomona.federation.outline import id_of, outlined_step
+from pomona.federation.rehearsal import Rehearsal
 from pomona.federation.settings import Finish
 from pomona.federation.shared_expert import SharedGraft
 from pomona.federation.strategies import STRATEGIES, FlexLoRA, FLoRA
@@ -130,10 +131,13 @@ def test_tokens_and_work_are_rounds_times_steps_times_rows(quick):
     added = told.flops["adapter"] + told.flops["graft"]
     assert told.work == told.tokens * (2 * told.flops["base"] + 3 * added)
     assert told.seconds == told.work / 2e9
-    epochs = replace(
-        quick, local=LocalTraining(epochs=2, batch=4)
-    )  # ten rows: 4 + 4 + 2, filled up
-    assert preview(epochs, 1.0).tokens == 2 * 3 * (2 * 3 * 4) * quick.max_length
+    epochs = replace(quick, local=LocalTraining(epochs=2, batch=4))  # ten rows: 4 + 4 + 2
+    assert preview(epochs, 1.0).tokens == 2 * 3 * (2 * 10) * quick.max_length
+
+
+def test_what_is_rehearsed_is_counted(quick):
+    said = replace(quick, rehearsal=Rehearsal(rows=3, length=16))
+    assert preview(said, 1.0).tokens == preview(quick, 1.0).tokens + 2 * 3 * 1 * 3 * 16
 
 
 def test_dp_sgd_holds_every_rows_own_values_and_gradients(quick):

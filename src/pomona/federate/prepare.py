@@ -16,6 +16,7 @@ from pomona.federation.clients import ClientRows
 from pomona.federation.cohort import FrozenBase
 from pomona.federation.forgetting import held_out_windows
 from pomona.federation.holdings import Holdings
+from pomona.federation.rehearsal import first_token
 from pomona.federation.settings import FederateSettings
 from pomona.federation.update import ClientState, join
 from pomona.models.experts import (
@@ -83,6 +84,11 @@ def prepare(
     """Load the model, encode every row; raises `PomonaError` for what does not go together."""
     tokenizer = load_tokenizer(settings.model)
     base = frozen_base(settings, moved(load_model(settings.model, settings.dtype), device))
+    if settings.rehearsal is not None:
+        progress("sampling what the base says", 0, 1)
+        rehearsed = settings.rehearsal.begin(base.model, first_token(tokenizer), settings.seed)
+        base = replace(base, rehearsed=rehearsed)
+        progress("sampling what the base says", 1, 1)
     limit = settings.evaluation.rows or None
 
     def encoded(which: Sequence[Any]) -> list[Example]:

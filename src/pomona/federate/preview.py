@@ -41,11 +41,12 @@ class _Messages:
 
 @dataclass(frozen=True)
 class _Schedule:
-    """What all rounds come to: messages by client, rows of all steps, clients trained in one batch."""
+    """What all rounds come to: messages by client, rows and number of all steps, clients in one batch."""
 
     sent: Mapping[str, int]
     answered: Mapping[str, int]
     rows: int
+    steps: int
     cohort: int
 
 
@@ -84,7 +85,7 @@ def preview(settings: FederateSettings, rate: float | None = None) -> Federation
         },
         flops=cost["flops_per_token"],
         memory=_memory(settings, base, messages.state, schedule.cohort, step),
-        tokens=schedule.rows * settings.max_length,
+        tokens=schedule.rows * settings.max_length + _rehearsed(settings, schedule.steps),
         checkpointing=settings.checkpointing,
         rate=rate or matmul_speed(),
         stated=rate is not None,
@@ -136,7 +137,7 @@ def _zeros(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _schedule(settings: FederateSettings, trainers: Mapping[str, int]) -> _Schedule:
     sent, answered = dict.fromkeys(trainers, 0), dict.fromkeys(trainers, 0)
-    steps, cohort = 0, 1
+    rows, steps, cohort = 0, 0, 1
     for round_ in range(1, settings.rounds + 1):
         chosen, answering = settings.drawn(trainers, round_)
         cohort = max(cohort, min(len(answering), settings.cohort))
@@ -144,13 +145,21 @@ def _schedule(settings: FederateSettings, trainers: Mapping[str, int]) -> _Sched
             sent[name] += 1
         for name in answering:
             answered[name] += 1
-            steps += _rows_of(settings.local, trainers[name])
+            rows += _rows_of(settings.local, trainers[name])
+            steps += settings.local.steps_of(trainers[name])
     finish = settings.finishing
     if finish is not None:
         own = [count for name, count in trainers.items() if settings.finishes(name)]
-        steps += finish.rounds * sum(_rows_of(finish.training, count) for count in own)
+        rows += finish.rounds * sum(_rows_of(finish.training, count) for count in own)
+        steps += finish.rounds * sum(finish.training.steps_of(count) for count in own)
         cohort = max(cohort, min(len(own), settings.cohort))
-    return _Schedule(sent, answered, steps, cohort)
+    return _Schedule(sent, answered, rows, steps, cohort)
+
+
+def _rehearsed(settings: FederateSettings, steps: int) -> int:
+    """Return the tokens that are rehearsed in so many steps."""
+    rehearsal = settings.rehearsal
+    return 0 if rehearsal is None else steps * rehearsal.rows * rehearsal.length
 
 
 def _rows_of(training: LocalTraining, rows: int) -> int:

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pomona.federation.graft import Graft, attach_graft, init_graft
+from pomona.federation.rehearsal import Rehearsed
 from pomona.federation.shared_expert import SharedExpert, lora_part
 from pomona.federation.update import ClientState, stack
 from pomona.models.attachment import Attachment, join_attachments
@@ -27,6 +28,7 @@ class FrozenBase:
     sites: tuple[ExpertSite, ...] = field(default=(), repr=False)
     personal: LoRA | None = None
     shared_expert: SharedExpert | None = None
+    rehearsed: Rehearsed | None = field(default=None, repr=False)
 
     @property
     def device(self) -> torch.device:

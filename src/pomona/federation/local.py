@@ -107,6 +107,7 @@ def train_cohort(
         for task, count in zip(tasks, steps, strict=True)
     ]
     states = [_counted(task.state, training, 0) for task in tasks]
+    said = base.rehearsed
     losses: list[list[float]] = [[] for _ in tasks]
     gradients: list[dict[str, Tensor]] = [{} for _ in tasks]
     for members, first, last in _stages(states, steps):
@@ -120,6 +121,9 @@ def train_cohort(
             pad_id,
             _noise(training, seed, round_, first),
             balance_weight(base.model, base.sites, training.router_loss),
+            []
+            if said is None
+            else [said.drawn(seed, round_, tasks[c].client, first, last) for c in members],
         )
         try:
             trained = stage.run([states[c] for c in members])

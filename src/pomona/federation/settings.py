@@ -13,6 +13,7 @@ from pomona.federation.graft import Graft
 from pomona.federation.local import LocalTraining
 from pomona.federation.measure import Evaluation
 from pomona.federation.privacy import Privacy
+from pomona.federation.rehearsal import Rehearsal
 from pomona.federation.sampling import participants, sample_size, survivors
 from pomona.federation.shared_expert import SharedGraft
 from pomona.federation.strategies import (
@@ -59,7 +60,8 @@ class FederateSettings:
     `pooled` trains one model on everybody's rows, the ceiling. `warm_start` is a PEFT folder that the
     adapter begins as; with it `rounds` may be 0, when everybody is a newcomer to what was shared. `ranks` gives
     some clients an adapter of a smaller rank. `shared_expert` adds to the adapter one more expert per layer,
-    which everybody trains together. With `checkpointing` a layer's activations are computed again
+    which everybody trains together. `rehearsal` holds every client to what the base says by itself, in
+    whatever it trains. With `checkpointing` a layer's activations are computed again
     in the backward pass: less memory, one more forward pass.
     """
 
@@ -84,6 +86,7 @@ class FederateSettings:
     personal: LoRA | None = None
     graft: Graft | None = None
     shared_expert: SharedGraft | None = None
+    rehearsal: Rehearsal | None = None
     strategy: Strategy = field(default_factory=FedAvg)
     local: LocalTraining = field(default_factory=LocalTraining)
     early_stop: EarlyStop | None = None

@@ -1,6 +1,7 @@
 """Some steps of a cohort: C clients in one forward and backward pass, one optimiser over all of them."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,6 +12,7 @@ from pomona.data.examples import Example
 from pomona.federation.cohort import FrozenBase
 from pomona.federation.dp_sgd import RowNoise, repeated
 from pomona.federation.objective import client_losses
+from pomona.federation.rehearsal import Rehearsed
 from pomona.federation.strategies.protocol import (
     Corrects,
     Penalises,
@@ -40,6 +42,8 @@ class Task:
 class Stage:
     """Some steps of some clients together; `drawn` [C][steps][rows] are the rows of each.
 
+    `texts` [C][steps][rows] are those that each rehearses, if the base has any.
+
     With `noise` the optimiser sees clipped and noised gradients of the rows, and what they cost a client
     beside (a penalty, a correction) is added to them: it is made of what is sent or noised already.
     """
@@ -53,6 +57,7 @@ class Stage:
     pad_id: int
     noise: RowNoise | None = None
     router_loss: float = 0.0
+    texts: Sequence[Sequence[Sequence[int]]] = ()
 
     def run(
         self, states: Sequence[ClientState]
@@ -101,12 +106,23 @@ class Stage:
         anchor: Mapping[str, Tensor],
         correction: Mapping[str, Tensor],
     ) -> PerClient:
-        """Return each client's loss with the strategy's penalty; a correction is in its gradient alone."""
+        """Return each client's loss with the strategy's penalty.
+
+        What is rehearsed, and a correction, are in its gradient alone.
+        """
         noise = self.noise
         loss_C = self._losses(step) if noise is None else self._noised_losses(step, state, noise)
         if isinstance(self.strategy, Penalises):
             loss_C = loss_C + self.strategy.penalty(shared, anchor)
+        if self.base.rehearsed is not None:
+            kl_C = self._rehearse(self.base.rehearsed, step, state)
+            loss_C = loss_C + (kl_C - kl_C.detach())
         return _with_gradient(loss_C, shared, correction)
+
+    def _rehearse(self, rehearsed: Rehearsed, step: int, state: ClientState) -> PerClient:
+        """Return what each client's model has come away from the base, on the texts of a step."""
+        with nullcontext() if self.noise is None else self.base.attach(state):
+            return rehearsed.losses(self.base.model, [own[step] for own in self.texts])
 
     def _losses(self, step: int) -> PerClient:
         """Return each client's loss on its rows of a step, client-major [C·b, T]."""

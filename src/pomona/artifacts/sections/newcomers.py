@@ -20,8 +20,8 @@ def newcomers(runs: Sequence[FinishedRun], baseline: str | None) -> str:
     own = [run.of(names) for run in runs]
     told = (
         f"{', '.join(names)}: in no round of the runs that name them as newcomers, where they trained what is "
-        "private on what the others had shared. The same figures as above, of these clients alone; a message, a "
-        "token and a step cost the same for everybody, and a new client needs the shared part once and sends "
+        "private on what the others had shared. The same figures as above, of these clients alone; a message, "
+        "a token and a step cost the same for everybody, and a new client needs the shared part once and sends "
         "nothing."
     )
     return "".join(
