@@ -92,6 +92,7 @@ def test_records_can_be_read(dense_dir, tmp_path, affinity):
     assert read["settings"].keys() == vars(SMALL).keys()
     assert read["affinity"]["domains"] == list("abcd")
     assert (read["affinity"]["perplexity"] is None) == (affinity == "scores")
+    assert (read["affinity"]["correlation_by_scores"] is None) == (affinity == "scores")
     assert sorted(d for group in read["clusters"]["experts"] for d in group) == list("abcd")
     assert read["plan"]["domains"] == read["clusters"]["experts"]
 
