@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pomona.artifacts.personal import PersonalModel
 from pomona.artifacts.reconstruction_records import read_records
-from pomona.data.texts import read_domains
+from pomona.data.texts import encode_texts, read_domains
 from pomona.errors import PomonaError
 from pomona.evaluate import on_text
 from pomona.reconstruct import ReconstructSettings, reconstruct
@@ -116,6 +116,19 @@ def test_real_model_and_domains(models_dir, data_dir, tmp_path):
         losses[model.name] = figures["mean"]["loss"]
     assert losses["rootstock-3m"] < losses["fitted"] < losses["random"]
     assert losses["fitted"] < losses["rootstock-3m"] + 0.4
+
+
+def test_every_domain_is_encoded_once(dense_dir, tmp_path, monkeypatch):
+    seen = []
+
+    def told(texts, tokenizer):
+        seen.append(list(texts))
+        return encode_texts(texts, tokenizer)
+
+    monkeypatch.setattr("pomona.reconstruct.encode_texts", told)
+    assert SMALL.affinity == "perplexity"
+    reconstruct(dense_dir, DOMAINS, tmp_path / "out", SMALL)
+    assert seen == list(DOMAINS.values())
 
 
 def test_an_output_that_is_not_empty_is_refused(dense_dir, tmp_path):

@@ -86,6 +86,16 @@ class ReconstructSettings:
             "split_domains (--split-domains) to split them"
         )
 
+    def compared_by(self, domains: int) -> AffinityKind | None:
+        """Return what the affinity of so many domains is measured by; None where nobody asks for it.
+
+        Where domains are split it is the scores, whatever `affinity` says: parts are split by the windows
+        that calibrate them, no other text is known to be theirs.
+        """
+        if self.grouping != "affinity" or self.experts == 1:
+            return None
+        return "scores" if domains < self.experts else self.affinity
+
     def width(self, channels: int) -> int:
         """Return the channels per expert; raises `PomonaError` when there are none."""
         width = round(self.keep * channels)
