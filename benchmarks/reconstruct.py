@@ -22,7 +22,7 @@ from time import monotonic
 
 import matplotlib.pyplot as plt
 import numpy as np
-from record import ROOT, peak_bytes, record
+from record import ROOT, commit, peak_bytes, record
 from scipy.stats import t as student
 
 from pomona.artifacts.figures import svg
@@ -32,6 +32,7 @@ from pomona.evaluation.intervals import Interval, paired_bootstrap, ratio_bootst
 from pomona.evaluation.loss import perplexity, window_losses
 from pomona.files import read_object, write_json, write_text
 from pomona.models.experts import freeze
+from pomona.models.fingerprint import checkpoint_digests
 from pomona.models.loading import load_model, load_tokenizer
 from pomona.progress import titled
 from pomona.reconstruct import ReconstructSettings, reconstruct
@@ -58,10 +59,11 @@ def methods(active: int, tokens: int) -> dict[str, ReconstructSettings]:
         router=RandomRouter(),
         specialise=Specialise(rounds=0),
     )
+    first = max(tokens // 10, plain.step_tokens)
     staged = replace(
         plain,
-        router=RouterStage(tokens=tokens // 10, temperature=0.05 if active == 1 else 0.5),
-        experts=replace(lora, tokens=tokens - tokens // 10),
+        router=RouterStage(tokens=first, temperature=0.05 if active == 1 else 0.5),
+        experts=replace(lora, tokens=tokens - first),
     )
     static = replace(common, experts=1, active=1, keep=0.5, grouping="all")
     default = replace(common, retrain=Retraining(experts=ExpertStage(tokens=tokens)))
@@ -104,7 +106,9 @@ def main() -> None:
             runs.sort(key=lambda run: run.get("settings", {}).get("seed", 0))
         for name, settings in methods(active, tokens).items():
             found[name][0]["peak_bytes"] = _peak(options.out, settings)
-        rows[setting] = [_row(name, runs) for name, runs in found.items()]
+        made = methods(active, tokens)
+        rows[setting] = [_row(name, runs, made.get(name)) for name, runs in found.items()]
+        bars.append(_least(setting, rows[setting]))
         for opponent in (FLAP, FAITHFUL, "static, our compensation and retraining"):
             bars += _bars(setting, found, opponent)
         columns = [
@@ -147,16 +151,27 @@ def _model() -> Path:
 
 def _dense(out: Path) -> dict:
     path = out / "dense.json"
-    if not path.exists():
+    if not _kept(path):
         size = sum(p.numel() for p in load_model(_model()).parameters())
-        write_json(path, {"total": size, "active": size, "seconds": 0.0, **_measured(_model())})
+        found = {"total": size, "active": size, "seconds": 0.0, **_measured(_model())}
+        write_json(path, {**_made_of(), **found})
     return read_object(path)
+
+
+def _made_of() -> dict[str, object]:
+    return {"commit": commit(), "weights": checkpoint_digests(_model())}
+
+
+def _kept(path: Path) -> bool:
+    """Whether a run is there and of the model as it is; those without a note of it are taken for that."""
+    now = _made_of()["weights"]
+    return path.exists() and read_object(path).get("weights", now) == now
 
 
 def _one(out: Path, settings: ReconstructSettings) -> dict:
     """Reconstruct, retrain and measure with some settings, or read what was measured with them."""
     path = out / f"{_key(settings)}.json"
-    if path.exists():
+    if _kept(path):
         return read_object(path)
     made = path.with_suffix("")
     shutil.rmtree(made, ignore_errors=True)
@@ -169,6 +184,7 @@ def _one(out: Path, settings: ReconstructSettings) -> dict:
     write_json(
         path,
         {
+            **_made_of(),
             "settings": settings.to_json(),
             "total": result.total_parameters,
             "active": result.active_parameters,
@@ -205,8 +221,16 @@ def _peak_of(made: Path, settings: ReconstructSettings) -> int:
 
 
 def _key(settings: ReconstructSettings) -> str:
-    """Name a run by all it depends on: some baselines are the same in both settings."""
-    return hashlib.sha256(json.dumps(settings.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+    """Name a run by its settings: some baselines are the same in both.
+
+    What came later is not in the name while it is as it was without, so that runs of before are found.
+    """
+    told = settings.to_json()
+    if told["retrain"] is not None:
+        later = {"warm_up": RouterStage().warm_up, "floor": RouterStage().floor}
+        router = told["retrain"]["router"]
+        told["retrain"]["router"] = {k: v for k, v in router.items() if later.get(k) != v}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _measured(folder: Path) -> dict[str, object]:
@@ -230,7 +254,13 @@ def _ratios(runs: list[dict]) -> list[tuple[np.ndarray, np.ndarray]]:
     ]
 
 
-def _row(name: str, runs: list[dict]) -> dict[str, object]:
+def _row(name: str, runs: list[dict], settings: ReconstructSettings | None) -> dict[str, object]:
+    """Return a method's figures; `settings` None is the dense model.
+
+    `retraining_tokens` are those of whole steps; `commits` of the runs by seed, null for one that does
+    not tell.
+    """
+    how = settings.retrain if settings is not None else None
     over_text = ratio_bootstrap(_ratios(runs))
     domains = {
         domain: perplexity(float(top.sum() / bottom.sum()))
@@ -244,6 +274,8 @@ def _row(name: str, runs: list[dict]) -> dict[str, object]:
         "perplexity": perplexity(over_text.mean),
         "by_seed": [_nats(run) for run in runs],
         "perplexity_by_domain": domains,
+        "retraining_tokens": sum(how.seen()) if how is not None else 0,
+        "commits": [run.get("commit") for run in runs],
         "total": runs[0]["total"],
         "active": runs[0]["active"],
         "seconds": [run["seconds"] for run in runs],
@@ -281,6 +313,17 @@ def _bars(setting: str, found: dict[str, list[dict]], opponent: str) -> list[dic
         name = f"{setting}: {POMONA}, nats, upper end over seeds below the lower one of {opponent}"
         bars.append({"name": name, "value": high[1], "bar": low[0], "holds": high[1] < low[0]})
     return bars
+
+
+def _least(setting: str, rows: list[dict]) -> dict[str, object]:
+    """Pomona's default loses less against the dense model than every method that is not Pomona."""
+    nats = {str(row["method"]): float(row["nats"]) for row in rows}
+    dense = nats.pop("dense")
+    lost = {name: value - dense for name, value in nats.items()}
+    opponents = [value for name, value in lost.items() if not name.startswith(POMONA)]
+    name = f"{setting}: nats that {POMONA} loses against dense, below the least of {len(opponents)} opponents"
+    least = min(opponents)
+    return {"name": name, "value": lost[POMONA], "bar": least, "holds": lost[POMONA] < least}
 
 
 def _plot(rows: dict[str, list[dict]]) -> str:

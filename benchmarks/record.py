@@ -20,7 +20,7 @@ def record(path: Path, rows: object, bars: Sequence[Mapping[str, Any]], **more: 
     """Write a benchmark's result; each bar is {name, value, bar, holds}."""
     about = {
         "command": shlex.join(["python", *sys.argv]),
-        "commit": _commit(),
+        "commit": commit(),
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
     }
     write_json(path, {**about, **more, "rows": rows, "bars": list(bars)})
@@ -82,6 +82,7 @@ def lower_loss(
     ]
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Return the commit of the sources, whatever was changed since."""
     command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()

@@ -18,8 +18,12 @@ from pomona.data.texts import encode_texts, read_domains
 from pomona.errors import PomonaError
 from pomona.evaluate import on_text
 from pomona.reconstruct import ReconstructSettings, reconstruct
-from pomona.reconstruction.router import Fitted, RandomRouter
+from pomona.reconstruction.compensate import NoCompensation
+from pomona.reconstruction.planners import ActivationClusters, RandomSplit
+from pomona.reconstruction.router import Centroids, Fitted, RandomRouter
 from pomona.reconstruction.specialise import Specialise
+
+NONE = NoCompensation()
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Mistral"])
@@ -52,7 +56,6 @@ def test_out_comes_a_stock_mixtral_that_opens_without_pomona(tmp_path, kind, tie
 
 def test_experts_are_the_planned_channels(dense_dir, tmp_path):
     from pomona.models.experts import find_expert_sites
-    from pomona.reconstruction.compensate import NoCompensation
 
     reconstruct(
         dense_dir,
@@ -89,6 +92,7 @@ def test_records_can_be_read(dense_dir, tmp_path, affinity):
     assert read["settings"].keys() == vars(SMALL).keys()
     assert read["affinity"]["domains"] == list("abcd")
     assert (read["affinity"]["perplexity"] is None) == (affinity == "scores")
+    assert (read["affinity"]["correlation_by_scores"] is None) == (affinity == "scores")
     assert sorted(d for group in read["clusters"]["experts"] for d in group) == list("abcd")
     assert read["plan"]["domains"] == read["clusters"]["experts"]
 
@@ -194,6 +198,60 @@ def test_tokenizer_comes_along(dense_dir, tmp_path):
 def test_settings_that_make_no_sense_are_refused_where_they_are_made(change, message):
     with pytest.raises(PomonaError, match=message):
         replace(SMALL, **change)
+
+
+@pytest.mark.parametrize("kind", ["random-split", "activation-clusters"])
+@pytest.mark.parametrize("change", [{"specialise": Specialise(rounds=0)}, {"compensation": NONE}])
+def test_what_is_divided_is_neither_refitted_nor_dealt_again(kind, change):
+    planner = {"random-split": RandomSplit(), "activation-clusters": ActivationClusters(0.5)}[kind]
+    with pytest.raises(
+        PomonaError, match=f'planner {kind} .* compensation to "none" and specialise.rounds to 0'
+    ):
+        replace(SMALL, planner=planner, **change)
+    plain = {"specialise": Specialise(rounds=0), "compensation": NONE}
+    assert replace(SMALL, planner=planner, **plain).planner == planner
+    assert replace(SMALL, planner=planner, experts=1, active=1).planner == planner
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ActivationClusters(shared=1.0), "shared 1.0 is not a share"),
+        (lambda: ActivationClusters(shared=-0.1), "shared -0.1 is not a share"),
+        (lambda: ActivationClusters(active_share=0.0), "active_share 0.0 is not a share above 0"),
+        (lambda: ActivationClusters(active_share=1.1), "active_share 1.1 is not a share above 0"),
+        (lambda: ActivationClusters(tokens=0), "tokens 0 is not positive"),
+        (lambda: ActivationClusters(iterations=0), "iterations 0 is not positive"),
+        (lambda: Fitted(tokens=0), "tokens 0 is not positive"),
+        (lambda: Fitted(iterations=0), "iterations 0 is not positive"),
+        (lambda: Fitted(decay=-1e-3), "decay -0.001 is negative"),
+        (lambda: Fitted(decay=float("nan")), "decay nan is negative"),
+        (lambda: Centroids(scale=0.0), "scale 0.0 is not positive"),
+        (lambda: RandomRouter(deviation=-1.0), "deviation -1.0 is negative"),
+    ],
+)
+def test_planners_and_routers_that_make_no_sense_are_refused(make, message):
+    with pytest.raises(PomonaError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("change", "advice"),
+    [
+        ({}, r"or set split_domains \(--split-domains\) to split them"),
+        (
+            {"grouping": "random", "split_domains": True},
+            'or set grouping to "all", or to "affinity"',
+        ),
+        ({"grouping": "random"}, 'or set grouping to "all", or to "affinity" with split_domains'),
+    ],
+)
+def test_too_few_domains_are_told_with_what_helps(change, advice):
+    settings = replace(SMALL, experts=8, **change)
+    with pytest.raises(PomonaError, match=f"4 domains .* cannot make 8 experts; .* {advice}"):
+        settings.check_domains(list(DOMAINS))
+    replace(settings, grouping="all").check_domains(list(DOMAINS))
+    replace(settings, grouping="affinity", split_domains=True).check_domains(list(DOMAINS))
 
 
 @pytest.mark.parametrize(

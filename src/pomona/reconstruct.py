@@ -132,7 +132,7 @@ def _retrain(
     """Retrain the mixture in the workspace and write it to `out`, merged."""
     device = placement.torch_device()
     student = moved(load_model(work.mixture, how.dtype), device)
-    stored = Checkpoint.open(work.mixture).config.get("dtype")
+    stored = Checkpoint.open(work.mixture).dtype()
     teacher = None
     if how.objective.loss == "distil":
         teacher = moved(load_model(checkpoint_folder(model), how.dtype), device)
@@ -155,7 +155,7 @@ def _retrain(
 
     retrain(student, sites, teacher, windows_BT, how, settings.seed, resume, after, progress)
     made = read_records(work.mixture / "reconstruction", out)
-    moved(student, getattr(torch, stored or how.dtype))
+    moved(student, stored)
     write_retrained(out, student, work.mixture, str(model), made, settings, history)
     return made
 

@@ -175,6 +175,37 @@ def test_reconstruct_names_a_mistake_in_its_recipe(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("given", ['"lora"', "3", "[1]"])
+def test_a_budget_on_the_command_line_does_not_hide_a_mistake_in_the_recipe(
+    refused, reconstruct_recipe, tmp_path, given
+):
+    recipe = reconstruct_recipe(settings=f"{FAST}[settings.retrain]\nexperts = {given}\n")
+    message = refused(
+        "reconstruct", "--recipe", recipe, "--retrain", 4096, "--out", tmp_path / "out"
+    )
+    assert f"{recipe}: settings: retrain: experts is" in message
+    assert "it should be a table" in message
+
+
+def test_reconstruct_refuses_a_budget_below_one_step(refused, reconstruct_recipe, tmp_path):
+    given = ("--recipe", reconstruct_recipe(), "--out", tmp_path / "out")
+    message = refused("reconstruct", *given, "--retrain", 1000)
+    assert "experts.tokens 1000 is less than one step, 2048 tokens" in message
+
+
+def test_reconstruct_refuses_a_text_that_nothing_is_retrained_on(
+    refused, reconstruct_recipe, tmp_path, domains
+):
+    recipe, out = reconstruct_recipe(), tmp_path / "out"
+    message = refused("reconstruct", "--recipe", recipe, "--text", domains, "--out", out)
+    assert "nothing is retrained; add a table settings.retrain (--retrain TOKENS)" in message
+    assert str(domains) in message
+    path = tmp_path / "recipe.toml"
+    path.write_text(f'text = "{domains}"\n{recipe.read_text()}', encoding="utf-8")
+    assert "nothing is retrained" in refused("reconstruct", "--recipe", path, "--out", out)
+    assert not out.exists()
+
+
 def test_reconstruct_takes_dense_models_only(refused, reconstruct_recipe, moe_dir, tmp_path):
     recipe = reconstruct_recipe(model=moe_dir)
     message = refused("reconstruct", "--recipe", recipe, "--out", tmp_path / "out")

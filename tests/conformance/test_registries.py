@@ -132,6 +132,10 @@ def test_a_planner_gives_every_expert_its_width_and_shares_no_channel_twice(
     for layer, shared_S in zip(plan.keep_LEW, plan.shared_LS, strict=True):
         assert not set(shared_S.tolist()) & set(layer.flatten().tolist())
     assert planner.shared_channels(64, 2, width) == plan.shared_LS.shape[1]
+    assert planner.divides == (kind != "top-channels")
+    if planner.divides:
+        for layer, shared_S in zip(plan.keep_LEW, plan.shared_LS, strict=True):
+            assert sorted([*layer.flatten().tolist(), *shared_S.tolist()]) == list(range(64))
     for refused in (
         lambda: planner(calibration, groups, SCORES[score](), 65, 1, 3),
         lambda: planner.shared_channels(64, 2, 65),

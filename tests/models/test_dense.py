@@ -132,6 +132,47 @@ def test_a_sliding_window_stays_at_work(tmp_path):
     same_logits(tmp_path / "out", folder)
 
 
+WINDOW = {"use_sliding_window": True, "sliding_window": 8}
+
+
+@pytest.mark.parametrize("kind", ["Qwen2", "Qwen3"])
+@pytest.mark.parametrize(("first", "windowed"), [(0, True), (2, False)], ids=["all", "none"])
+def test_a_window_in_all_layers_or_in_none_stays_so(tmp_path, kind, first, windowed):
+    """`max_window_layers` is the first layer that has one."""
+    given = WINDOW | {"max_window_layers": first, "intermediate_size": 40}
+    folder = save_model(tmp_path / "dense", kind, **given)
+    wide = save_model(tmp_path / "wide", kind, intermediate_size=40)
+    tokens = torch.randint(3, 300, (1, 70), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        narrow, plain = (
+            AutoModelForCausalLM.from_pretrained(p)(tokens).logits for p in (folder, wide)
+        )
+    assert torch.equal(narrow, plain) != windowed  # the window is felt, or there is none
+    as_mixture(folder, tmp_path / "out")
+    same_logits(tmp_path / "out", folder)
+
+
+MIXED = [{"max_window_layers": 1}, {"layer_types": ["sliding_attention", "full_attention"]}]
+
+
+@pytest.mark.parametrize("mixed", MIXED, ids=["first", "types"])
+def test_a_window_in_some_layers_stays_there_or_is_refused(tmp_path, mixed):
+    """Qwen2-MoE knows it layer by layer, Qwen3-MoE does not; what is only pruned stays itself."""
+    given = WINDOW | mixed | {"intermediate_size": 40}
+    folder = save_model(tmp_path / "two", "Qwen2", **given)
+    as_mixture(folder, tmp_path / "out")
+    same_logits(tmp_path / "out", folder)
+    folder = save_model(tmp_path / "three", "Qwen3", **given)
+    with pytest.raises(
+        PomonaError, match=r"Qwen3-MoE, .* has a sliding window in all layers or none"
+    ):
+        as_mixture(folder, tmp_path / "refused")
+    config, single = Checkpoint.open(folder).config, MixtureSizes(1, 1, 24)
+    assert container_of(DENSE_FAMILIES["qwen3"], single).config(config, single) == (
+        config | {"intermediate_size": 24}
+    )
+
+
 @pytest.mark.parametrize("key", ["attention_bias", "mlp_bias"])
 def test_biases_have_no_home_in_the_container(tmp_path, key):
     folder = save_model(tmp_path / "dense", "Llama", intermediate_size=40, **{key: True})

@@ -3,10 +3,13 @@
 from dataclasses import replace
 
 import pytest
+from conftest import save_model
 from laws.test_reconstruction_laws import ADDED, DOMAINS, SMALL
+from transformers import AutoModelForCausalLM
 
 from pomona.errors import PomonaError
 from pomona.reconstruct import preview, reconstruct
+from pomona.reconstruction.compensate import Bias
 from pomona.reconstruction.planners import ActivationClusters, RandomSplit, TopChannels
 from pomona.reconstruction.retraining import Retraining
 
@@ -14,16 +17,29 @@ CASES = {
     "mixture": {},
     "shared": {"active": 1, "keep": 0.25, "planner": TopChannels(shared=0.25)},
     "pruned": {"experts": 1, "active": 1},
+    "flap": {"experts": 1, "active": 1, "compensation": Bias()},
+    "odd widths": {"keep": 0.3, "active": 1},
     "split": {"planner": RandomSplit()} | ADDED,
     "clusters": {"keep": 0.25, "planner": ActivationClusters(shared=0.5)} | ADDED,
 }
 
 
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("case", CASES)
-def test_sizes_are_those_of_what_is_made(dense_dir, tmp_path, case):
-    settings = replace(SMALL, **CASES[case])
+def test_sizes_are_those_of_what_is_made(tmp_path, case, kind):
+    """Whatever a container adds: Qwen2-MoE always has a shared expert and its gate, FLAP has biases."""
+    if (case in ("shared", "clusters") and kind == "Qwen3") or (case == "flap" and kind != "Llama"):
+        pytest.skip(f"{kind} has no home for it")
+    window = {"sliding_window": None} if kind == "Mistral" else {}
+    dense_dir = save_model(tmp_path / "dense", kind, intermediate_size=64, **window)
+    settings = replace(SMALL, affinity="scores", **CASES[case])
     told = preview(dense_dir, list(DOMAINS), settings)
     made = reconstruct(dense_dir, DOMAINS, tmp_path / "out", settings)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert told.total == sum(parameter.numel() for parameter in opened.parameters())
     assert (told.container, told.sizes) == (made.container, made.sizes)
     assert (told.total, told.active, told.dense) == (
         made.total_parameters,

@@ -316,7 +316,10 @@ def test_checkpointing_changes_no_gradient(dense_dir, tmp_path):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        (replace(SHORT, length=999), "windows of 999 tokens are longer than the context"),
+        (
+            replace(SHORT, length=999, router=RouterStage(), experts=ExpertStage(tokens=4 * 999)),
+            "windows of 999 tokens are longer than the context",
+        ),
         (
             replace(
                 SHORT,
@@ -334,7 +337,7 @@ def test_retraining_that_cannot_be_is_told(dense_dir, tmp_path, how, message):
 
 
 def test_too_little_text_is_told(dense_dir, tmp_path):
-    settings = replace(SMALL, retrain=replace(SHORT, length=200))
+    settings = replace(SMALL, retrain=replace(SHORT, length=200, batch=1, accumulate=1))
     with pytest.raises(PomonaError, match="fewer than 200 tokens"):
         reconstruct(dense_dir, DOMAINS, tmp_path / "out", settings, text=["red apple"])
 
@@ -344,19 +347,134 @@ def test_too_little_text_is_told(dense_dir, tmp_path):
     [
         (lambda: RouterStage(tokens=-1), "tokens -1 is negative"),
         (lambda: RouterStage(temperature=0), "temperature 0 is not positive"),
+        (lambda: RouterStage(warm_up=1.0), "warm_up 1.0 and floor 0.1 are to be shares"),
+        (lambda: RouterStage(floor=-0.1), "warm_up 0.0 and floor -0.1 are to be shares"),
         (lambda: ExpertStage(learning_rate=0), "learning_rate 0 is not positive"),
         (lambda: ExpertStage(experts="some"), 'experts "some" is unknown; use one of lora, full'),
         (lambda: ExpertStage(rank=0), "rank 0 is not positive"),
-        (lambda: ExpertStage(warm_up=1.0), "warm_up and floor are shares"),
+        (lambda: ExpertStage(warm_up=1.0), "warm_up 1.0 and floor 0.1 are to be shares"),
+        (lambda: ExpertStage(alpha=0.0), "alpha 0.0 is not positive; use for example 16"),
+        (lambda: ExpertStage(alpha=float("nan")), "alpha nan is not positive"),
         (lambda: Objective(loss="l2"), 'loss "l2" is unknown; use one of distil, cross-entropy'),
         (lambda: Objective(balance=-1), "balance and z not negative"),
         (lambda: Retraining(batch=0), "batch 0 is not positive"),
         (lambda: Retraining(length=1), "length 1 is too small"),
+        (
+            lambda: Retraining(experts=ExpertStage(tokens=2047)),
+            r"experts\.tokens 2047 is less than one step, 2048 tokens \(1 · 8 windows of 256\)",
+        ),
+        (
+            lambda: replace(SHORT, router=RouterStage(tokens=1)),
+            r"router\.tokens 1 is less than one step, 64 tokens \(2 · 2 windows of 16\)",
+        ),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(make, message):
     with pytest.raises(PomonaError, match=message):
         make()
+
+
+def test_whole_steps_are_what_is_seen_and_none_is_no_stage():
+    how = replace(SHORT, router=RouterStage(), experts=ExpertStage(tokens=3 * 64 + 63))
+    assert (how.steps(how.experts.tokens), how.seen()) == (3, (0, 3 * 64))
+    assert SHORT.seen() == (6 * 64, 7 * 64)
+
+
+@pytest.mark.parametrize("stage", ["router", "experts"])
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_both_stages_follow_their_schedule(monkeypatch, stage, schedule):
+    """The rates AdamW is given, against the formula: a line up, then half a cosine down to the floor."""
+    import math
+
+    from pomona.reconstruction.retraining import retrain, stages
+
+    given = []
+
+    def noting(parameters, losses, steps, rate, *rest):
+        given.extend(rate(step) for step in range(steps))
+        return fit(parameters, losses, steps, rate, *rest)
+
+    monkeypatch.setattr(stages, "fit", noting)
+    model, sites = mixture()
+    rates = {"learning_rate": 0.01, "schedule": schedule, "warm_up": 0.2, "floor": 0.25}
+    how = replace(
+        SHORT,
+        router=RouterStage(tokens=10 * 64 if stage == "router" else 0, **rates),
+        experts=ExpertStage(tokens=10 * 64 if stage == "experts" else 0, rank=2, **rates),
+        objective=Objective(loss="cross-entropy"),
+    )
+    retrain(model, sites, None, TOKENS, how, 0, None, lambda *_: None, lambda *_: None)
+    low = 0.01 if schedule == "constant" else 0.0025
+    fall = [low + (0.01 - low) * (1 + math.cos(math.pi * step / 7)) / 2 for step in range(8)]
+    assert given == pytest.approx([0.005, 0.01, *fall])
+
+
+def test_a_constant_router_stage_is_what_it_was(dense_dir, tmp_path):
+    """Neither warm-up nor floor is at work by default."""
+    made = {}
+    for floor in (0.1, 1.0):
+        how = replace(SHORT, router=replace(SHORT.router, floor=floor))
+        reconstruct(dense_dir, DOMAINS, tmp_path / str(floor), replace(SMALL, retrain=how))
+        made[floor] = (tmp_path / str(floor) / "model.safetensors").read_bytes()
+    assert made[0.1] == made[1.0]
+    how = replace(SHORT, router=replace(SHORT.router, schedule="cosine"))
+    reconstruct(dense_dir, DOMAINS, tmp_path / "cosine", replace(SMALL, retrain=how))
+    assert (tmp_path / "cosine/model.safetensors").read_bytes() != made[0.1]
+
+
+AS_SAVED = {
+    "mixtral": ("Llama", {}),
+    "granite": ("Llama", {"active": 1, "keep": 0.25, "planner": TopChannels(shared=0.25)}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {}),
+    "pruned": ("Llama", {"experts": 1, "active": 1}),
+}
+
+
+@pytest.mark.parametrize("case", AS_SAVED)
+@pytest.mark.parametrize("experts", ["lora", "full"])
+def test_the_checkpoint_is_the_student_that_was_trained(tmp_path, monkeypatch, case, experts):
+    """Merged in memory and opened by plain transformers: the same logits."""
+    import pomona.reconstruct as pipeline
+
+    tokens = torch.randint(3, 300, (3, 40), generator=torch.Generator().manual_seed(0))
+    in_memory = {}
+    write = pipeline.write_retrained
+
+    def noting(out, student, *rest):
+        with torch.no_grad():
+            in_memory["logits"] = student(tokens).logits
+        write(out, student, *rest)
+
+    monkeypatch.setattr(pipeline, "write_retrained", noting)
+    kind, change = AS_SAVED[case]
+    dense = save_model(tmp_path / "dense", kind, intermediate_size=64)
+    how = replace(SHORT, experts=replace(SHORT.experts, experts=experts))
+    reconstruct(dense, DOMAINS, tmp_path / "out", replace(SMALL, retrain=how, **change))
+    saved = logits_of(tmp_path / "out")
+    torch.testing.assert_close(saved, in_memory["logits"], rtol=0, atol=1e-5)
+    reconstruct(dense, DOMAINS, tmp_path / "before", replace(SMALL, **change))
+    assert (logits_of(tmp_path / "before") - saved).abs().max() > 1e-3  # it did train
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype", None])
+@pytest.mark.parametrize("experts", [1, 2])
+def test_the_result_has_the_type_of_the_checkpoint(tmp_path, dense_dir, key, experts):
+    """Older configs say torch_dtype, some say nothing."""
+    dense = tmp_path / "dense"
+    shutil.copytree(dense_dir, dense)
+    weights = load_file(dense / "model.safetensors")
+    halves = {name: tensor.bfloat16() for name, tensor in weights.items()}
+    save_file(halves, dense / "model.safetensors", {"format": "pt"})
+    config = json.loads((dense / "config.json").read_text())
+    del config["dtype"]
+    config |= {key: "bfloat16"} if key else {}
+    (dense / "config.json").write_text(json.dumps(config))
+    made = replace(SMALL, experts=experts, active=1, retrain=SHORT)
+    reconstruct(dense, DOMAINS, tmp_path / "out", made)
+    kept = load_file(tmp_path / "out/model.safetensors")
+    assert {tensor.dtype for tensor in kept.values()} == {torch.bfloat16}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
 
 
 def test_every_dense_family_retrains(tmp_path):

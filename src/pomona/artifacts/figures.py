@@ -95,28 +95,50 @@ def expert_load_map(routing: Mapping[str, ExpertLoad]) -> str:
 
 
 def affinity_map(affinity: DomainAffinity, clusters: Clusters) -> str:
-    """The domains' correlations as a heat map, in the order of the tree drawn beside it."""
+    """The domains' correlations as a heat map, in the order of the tree drawn beside it.
+
+    Where perplexity decides, what the scores say stands on its other side in the same order, with the
+    rank correlation of both in the title. Each has a colour scale of its own: the order is compared.
+    """
+    maps = {"scores" if affinity.perplexity_MM is None else "perplexity": affinity.correlation_MM}
+    if affinity.by_scores_MM is not None:
+        maps["scores"] = affinity.by_scores_MM
     size = 1.6 + 0.34 * len(affinity.domains)
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(size + 3, size), layout="constrained", width_ratios=[1, 3]
+    figure, (tree, *panels) = plt.subplots(
+        1,
+        1 + len(maps),
+        figsize=(size * len(maps) + 3, size + 0.5 * (len(maps) - 1)),
+        layout="constrained",
+        width_ratios=[1, *[3] * len(maps)],
     )
+    order = _tree(tree, clusters)
+    names = [affinity.domains[i] for i in order]
+    for place, (axes, (kind, matrix_MM)) in enumerate(zip(panels, maps.items(), strict=True)):
+        shown_MM = matrix_MM[order][:, order].numpy()
+        image = axes.imshow(shown_MM, aspect="auto", cmap="viridis")
+        axes.set_title(f"by {kind}", fontsize="medium")
+        axes.set_xticks(range(len(names)), names, rotation=60)
+        axes.set_yticks(range(len(names)), names if place == 0 else [""] * len(names))
+        label = "correlation" if place == len(maps) - 1 else ""
+        figure.colorbar(image, ax=axes, label=label)
+    if len(maps) > 1:
+        found = "not defined" if affinity.agreement is None else f"{affinity.agreement:.3f}"
+        figure.suptitle(f"rank correlation of both affinities: {found}", fontsize="medium")
+    return svg(figure)
+
+
+def _tree(axes: Axes, clusters: Clusters) -> list[int]:
+    """Draw the tree of the clusters; return its leaves from the top down."""
     drawn = dendrogram(
         np.array(clusters.tree),
-        ax=left,
+        ax=axes,
         orientation="left",
         color_threshold=0,
         above_threshold_color="#4a5568",
     )
-    left.invert_yaxis()  # the first leaf on top, as the first row of the map
-    left.set_axis_off()
-    order = cast(list[int], drawn["leaves"])
-    names = [affinity.domains[i] for i in order]
-    matrix_MM = affinity.correlation_MM[order][:, order].numpy()
-    image = right.imshow(matrix_MM, aspect="auto", cmap="viridis")
-    right.set_xticks(range(len(names)), names, rotation=60)
-    right.set_yticks(range(len(names)), names)
-    figure.colorbar(image, ax=right, label="correlation")
-    return svg(figure)
+    axes.invert_yaxis()  # the first leaf on top, as the first row of the map
+    axes.set_axis_off()
+    return cast(list[int], drawn["leaves"])
 
 
 def svg(figure: Any) -> str:

@@ -44,10 +44,11 @@ affinity, that (affinity.json, affinity.svg) and their clusters (clusters.json).
 
 def _retrained(settings: ReconstructSettings) -> str:
     how = settings.retrain
-    if how is None:
+    if how is None or not any(how.seen()):
         return "The experts have not been retrained."
     loss = "distilled from the dense model" if how.objective.loss == "distil" else "cross-entropy"
+    router, experts = how.seen()
     return (
-        f"Retrained on {how.router.tokens:,} tokens (router)\nand {how.experts.tokens:,} tokens (experts: "
+        f"Retrained on {router:,} tokens (router)\nand {experts:,} tokens (experts: "
         f"{how.experts.experts}), {loss}."
     )

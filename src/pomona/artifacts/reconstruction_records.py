@@ -32,7 +32,7 @@ def write_records(folder: Path, made: Reconstruction, settings: ReconstructSetti
     )
     if made.affinity is None or made.clusters is None:
         return
-    matrix = made.affinity.perplexity_MM
+    matrix, scores = made.affinity.perplexity_MM, made.affinity.by_scores_MM
     write_json(
         folder / "affinity.json",
         {
@@ -40,6 +40,7 @@ def write_records(folder: Path, made: Reconstruction, settings: ReconstructSetti
             "domains": list(made.affinity.domains),
             "perplexity": None if matrix is None else matrix.tolist(),
             "correlation": made.affinity.correlation_MM.tolist(),
+            "correlation_by_scores": None if scores is None else scores.tolist(),
             "rank_correlation_with_scores": made.affinity.agreement,
         },
     )
@@ -61,12 +62,13 @@ def read_records(folder: Path, out: Path) -> Reconstruction:
     affinity = clusters = None
     if (folder / "affinity.json").is_file():
         found, groups = read_object(folder / "affinity.json"), read_object(folder / "clusters.json")
-        matrix = found["perplexity"]
+        matrix, scores = found["perplexity"], found.get("correlation_by_scores")
         affinity = DomainAffinity(
             tuple(found["domains"]),
             torch.tensor(found["correlation"], dtype=torch.float64),
             None if matrix is None else torch.tensor(matrix, dtype=torch.float64),
             found["rank_correlation_with_scores"],
+            None if scores is None else torch.tensor(scores, dtype=torch.float64),
         )
         clusters = Clusters(tuple(tuple(group) for group in groups["experts"]), groups["tree"])
     return Reconstruction(

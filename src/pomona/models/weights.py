@@ -50,6 +50,17 @@ class Checkpoint:
         with _opened(self.files[name]) as file:
             return tuple(file.get_slice(name).get_shape())
 
+    def dtype(self) -> torch.dtype:
+        """Return what the weights are kept in.
+
+        As the config says, older ones call it torch_dtype, or else as they lie.
+        """
+        told = self.config.get("dtype") or self.config.get("torch_dtype")
+        found = getattr(torch, str(told), None)
+        if isinstance(found, torch.dtype):
+            return found
+        return self.tensor(min(self.files)).dtype
+
     def tensor(self, name: str) -> Tensor:
         """Return one tensor; only its bytes are read."""
         if name not in self.files:

@@ -16,13 +16,21 @@ from pomona.reconstruct import ReconstructSettings
 class ReconstructRecipe:
     """A dense model, its domains (folder, glob or file) and how to reconstruct.
 
-    `text` (the same) is what to retrain on, the domains themselves if it is not given.
+    `text` (the same) is what to retrain on, the domains themselves if it is not given. Raises
+    `PomonaError` for a text that nothing is retrained on.
     """
 
     model: str = field(metadata={"path": True})
     domains: Path
     text: Path | None = None
     settings: ReconstructSettings = field(default_factory=ReconstructSettings)
+
+    def __post_init__(self) -> None:
+        if self.text is not None and self.settings.retrain is None:
+            raise PomonaError(
+                f"text {self.text} is what to retrain on, and nothing is retrained; add a table "
+                "settings.retrain (--retrain TOKENS) or leave text (--text) out"
+            )
 
     def load_domains(self) -> dict[str, list[str]]:
         """Read the domains' documents."""
@@ -62,8 +70,11 @@ def read_reconstruct_recipe(path: Path | None, given: Mapping[str, Any]) -> Reco
 
 
 def _with_tokens(retrain: Any, tokens: int) -> Any:
-    """Set the second stage's budget; the rest stays as the recipe has it."""
+    """Set the second stage's budget; the rest stays as the recipe has it, its mistakes too."""
     if not isinstance(retrain, dict):
         return retrain
     how = cast(dict[str, Any], retrain)
-    return {**how, "experts": {**how.get("experts", {}), "tokens": tokens}}
+    experts = how.get("experts", {})
+    if not isinstance(experts, dict):
+        return how
+    return {**how, "experts": {**cast(dict[str, Any], experts), "tokens": tokens}}

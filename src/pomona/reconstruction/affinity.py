@@ -26,14 +26,15 @@ class DomainAffinity:
     """What was measured for every domain (a row each) and the correlation of those rows.
 
     For "perplexity" the rows are p[i, j]: pruned for domain i, measured on domain j. For "scores"
-    there is no matrix of that kind and `perplexity_MM` is None. `agreement` is the rank correlation
-    of both kinds over all pairs of domains, where both are known.
+    there is no matrix of that kind and `perplexity_MM` is None. `by_scores_MM` is what the scores say
+    where they do not decide, `agreement` the rank correlation of both kinds over all pairs of domains.
     """
 
     domains: tuple[str, ...]
     correlation_MM: Tensor
     perplexity_MM: Tensor | None = None
     agreement: float | None = None
+    by_scores_MM: Tensor | None = None
 
 
 def perplexity_affinity(
@@ -59,8 +60,9 @@ def perplexity_affinity(
     progress("affinity", len(domains) ** 2, len(domains) ** 2)
     relative_MM = perplexity_MM.min(dim=0).values / perplexity_MM
     correlation_MM = correlate_rows(relative_MM if correlate == "rows" else relative_MM.T)
-    agreement = rank_agreement(correlation_MM, score_affinity(domains, scores).correlation_MM)
-    return DomainAffinity(tuple(domains), correlation_MM, perplexity_MM, agreement)
+    by_scores_MM = score_affinity(domains, scores).correlation_MM
+    agreement = rank_agreement(correlation_MM, by_scores_MM)
+    return DomainAffinity(tuple(domains), correlation_MM, perplexity_MM, agreement, by_scores_MM)
 
 
 def rank_agreement(a_MM: Affinity, b_MM: Affinity) -> float | None:

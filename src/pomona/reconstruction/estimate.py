@@ -5,8 +5,17 @@ from dataclasses import dataclass
 from itertools import count
 from math import prod
 
+import torch
+
 from pomona.evaluation.work import clock, matmul_speed
-from pomona.models.dense import DenseFamily, MixtureSizes, container_of
+from pomona.models.dense import (
+    Container,
+    DenseFamily,
+    GatedFFN,
+    MixtureLayer,
+    MixtureSizes,
+    container_of,
+)
 from pomona.models.placement import Placement
 from pomona.reconstruction.retraining import Retraining
 from pomona.reconstruction.settings import ReconstructSettings
@@ -64,15 +73,13 @@ def estimate(
     hidden, channels = shapes[f"{family.mlp.format(layer=0)}.down_proj.weight"]
     dense = sum(prod(shape) for shape in shapes.values())
     sizes = settings.sizes(channels)
-    width, shared = sizes.width, sizes.shared
-    rest = dense - layers * 3 * hidden * channels
-    router = hidden * settings.experts if settings.experts > 1 else 0
-    total = rest + layers * (3 * hidden * (settings.experts * width + shared) + router)
-    active = rest + layers * (3 * hidden * (settings.active * width + shared) + router)
+    container = container_of(family, sizes)
+    total = dense + layers * (_layer(container, sizes, hidden) - 3 * hidden * channels)
+    active = total - layers * 3 * hidden * (sizes.experts - sizes.active) * sizes.width
     embedding = _embedding(shapes)
     work = _work(settings, domains, 2 * (dense - embedding), 2 * (active - embedding))
     return Estimate(
-        container_of(family, sizes).name,
+        container.name,
         sizes,
         total,
         active,
@@ -86,6 +93,19 @@ def estimate(
         work,
         work / matmul_speed(),
     )
+
+
+def _layer(container: Container, sizes: MixtureSizes, hidden: int) -> int:
+    """Return the parameters of one layer's FFNs as the container writes them, whatever it adds."""
+
+    def ffn(width: int, biased: bool = False) -> GatedFFN:
+        in_WD, out_DW = (torch.empty(s, device="meta") for s in ((width, hidden), (hidden, width)))
+        return GatedFFN(in_WD, in_WD, out_DW, out_DW[:, 0] if biased else None)
+
+    experts = [ffn(sizes.width, sizes.biased) for _ in range(sizes.experts)]
+    router_ED = torch.empty(sizes.experts, hidden, device="meta")
+    layer = MixtureLayer(router_ED, experts, ffn(sizes.shared) if sizes.shared else None)
+    return sum(tensor.numel() for _, tensor in container.tensors(0, layer))
 
 
 def _embedding(shapes: Mapping[str, tuple[int, ...]]) -> int:

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as fn
 
+from pomona.errors import PomonaError
 from pomona.reconstruction.ffn import DenseModel, observe, sample_inputs
 from pomona.reconstruction.outputs import OutputMoments, output_moments
 from pomona.reconstruction.plan import ExpertPlan
@@ -43,6 +44,10 @@ class RandomRouter:
 
     deviation: float = 0.02
 
+    def __post_init__(self) -> None:
+        if not self.deviation >= 0:
+            raise PomonaError(f"deviation {self.deviation} is negative; use for example 0.02")
+
     def __call__(
         self,
         dense: DenseModel,
@@ -67,6 +72,10 @@ class Centroids:
     """
 
     scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.scale > 0:
+            raise PomonaError(f"scale {self.scale} is not positive; use for example 1.0")
 
     def __call__(
         self,
@@ -99,6 +108,13 @@ class Fitted:
     tokens: int = 4096
     decay: float = 1e-3
     iterations: int = 40
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "iterations"):
+            if getattr(self, name) < 1:
+                raise PomonaError(f"{name} {getattr(self, name)} is not positive; use 1 or more")
+        if not self.decay >= 0:
+            raise PomonaError(f"decay {self.decay} is negative; use 0 or for example 1e-3")
 
     def __call__(
         self,

@@ -8,7 +8,7 @@ from pomona.errors import PomonaError
 from pomona.models.dense import MixtureSizes
 from pomona.reconstruction.affinity import AffinityKind, Correlate
 from pomona.reconstruction.cluster import Grouping, Linkage
-from pomona.reconstruction.compensate import COMPENSATIONS, Compensation, Ridge
+from pomona.reconstruction.compensate import COMPENSATIONS, Compensation, NoCompensation, Ridge
 from pomona.reconstruction.planners import PLANNERS, Planner, TopChannels
 from pomona.reconstruction.retraining.settings import Retraining
 from pomona.reconstruction.router import ROUTERS, Fitted, Router
@@ -68,6 +68,7 @@ class ReconstructSettings:
                 known = ", ".join(get_args(kinds))
                 raise PomonaError(f'{name} "{getattr(self, name)}" is unknown; use one of {known}')
 
+        self._check_planner()
         refitted = isinstance(self.compensation, Ridge) and isinstance(self.router, Fitted)
         if self.experts > 1 and self.specialise.rounds > 0 and not refitted:
             raise PomonaError(
@@ -75,15 +76,28 @@ class ReconstructSettings:
                 "another compensation or router"
             )
 
+    def _check_planner(self) -> None:
+        """Raise `PomonaError` where what a planner divides would be refitted or dealt again."""
+        plain = isinstance(self.compensation, NoCompensation) and self.specialise.rounds == 0
+        if self.experts == 1 or plain or not self.planner.divides:
+            return
+        raise PomonaError(
+            f"the planner {_plain(self.planner)['kind']} divides all channels among the experts, so "
+            "there is nothing to compensate and nothing to specialise; set compensation to "
+            '"none" and specialise.rounds to 0'
+        )
+
     def check_domains(self, names: Sequence[str]) -> None:
         """Raise `PomonaError` when the domains cannot give every expert one."""
         enough = len(names) >= self.experts or self.grouping == "all"
         if enough or (self.grouping == "affinity" and (self.split_domains or len(names) == 1)):
             return
+        other = "set split_domains (--split-domains) to split them"
+        if self.grouping == "random":
+            other = 'set grouping to "all", or to "affinity" with split_domains: whole domains are dealt'
         raise PomonaError(
             f"{len(names)} domains ({', '.join(names)}) cannot make {self.experts} experts; give at "
-            f"least {self.experts} domains, ask for at most {len(names)} experts, or set "
-            "split_domains (--split-domains) to split them"
+            f"least {self.experts} domains, ask for at most {len(names)} experts, or {other}"
         )
 
     def compared_by(self, domains: int) -> AffinityKind | None:

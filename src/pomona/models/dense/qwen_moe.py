@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pomona.models.dense.configs import mixture_config
+from pomona.errors import PomonaError
+from pomona.models.dense.configs import full_config, mixture_config
 from pomona.models.dense.family import Container, GatedFFN, MixtureLayer, MixtureSizes
 
 _EMPTY = 8  # channels of the shared expert that Qwen2-MoE always has, all zero where there is none
@@ -23,7 +24,8 @@ class _Qwen:
     shares: bool
 
     def config(self, dense: dict[str, Any], sizes: MixtureSizes) -> dict[str, Any]:
-        shared = {"shared_expert_intermediate_size": sizes.shared or _EMPTY} if self.shares else {}
+        shared = {"shared_expert_intermediate_size": sizes.shared or _EMPTY}
+        own = shared if self.shares else _one_window(dense)
         return mixture_config(
             dense,
             self.kind,
@@ -35,7 +37,7 @@ class _Qwen:
             decoder_sparse_step=1,
             mlp_only_layers=[],
             architectures=[self.architecture],
-            **shared,
+            **own,
         )
 
     def tensors(self, number: int, layer: MixtureLayer) -> Iterator[tuple[str, Tensor]]:
@@ -45,6 +47,22 @@ class _Qwen:
             yield from _ffn(f"{block}.experts.{e}", expert)
         if self.shares:
             yield from _halved(block, layer)
+
+
+def _one_window(dense: dict[str, Any]) -> dict[str, Any]:
+    """Return Qwen3-MoE's settings of the sliding window, which all of its layers have or none.
+
+    Raises `PomonaError` for a dense model with a window in some layers only.
+    """
+    full = full_config(dense)
+    kinds = set(full["layer_types"]) if full["use_sliding_window"] else set[str]()
+    if len(kinds) > 1:
+        raise PomonaError(
+            "Qwen3-MoE, which would hold the result, has a sliding window in all layers or none, and the "
+            "dense model has one in some (use_sliding_window, layer_types); only pruning, with experts 1, "
+            "keeps that"
+        )
+    return {"use_sliding_window": False} if kinds == {"full_attention"} else {}
 
 
 def _ffn(prefix: str, ffn: GatedFFN) -> Iterator[tuple[str, Tensor]]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pomona.errors import PomonaError
 from pomona.reconstruction.balance import balanced_clusters
 from pomona.reconstruction.ffn import observe
 from pomona.reconstruction.plan import ExpertPlan
@@ -30,6 +31,22 @@ class ActivationClusters:
     tokens: int = 2048
     active_share: float = 0.1
     iterations: int = 5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.shared < 1:
+            raise PomonaError(f"shared {self.shared} is not a share; use 0 or for example 0.25")
+        if not 0 < self.active_share <= 1:
+            raise PomonaError(
+                f"active_share {self.active_share} is not a share above 0; use for example 0.1"
+            )
+        for name in ("tokens", "iterations"):
+            if getattr(self, name) < 1:
+                raise PomonaError(f"{name} {getattr(self, name)} is not positive; use 1 or more")
+
+    @property
+    def divides(self) -> bool:
+        """Every channel has exactly one expert or is shared."""
+        return True
 
     def shared_channels(self, channels: int, experts: int, width: int) -> int:
         """Return the share; raises `PomonaError` where the experts do not divide the others."""

@@ -25,6 +25,14 @@ class Calibration:
 class Planner(Protocol):
     """Deals the channels of every layer to experts."""
 
+    @property
+    def divides(self) -> bool:
+        """Whether every channel goes to exactly one expert or to the shared one: nothing is pruned.
+
+        The experts' outputs add up to the dense FFN's, so they are to keep their channels and columns.
+        """
+        ...
+
     def shared_channels(self, channels: int, experts: int, width: int) -> int:
         """Return how many of a layer's channels serve every token, beside `width` for each expert.
 

@@ -20,9 +20,14 @@ class RandomSplit:
     """Deals every channel of a layer to exactly one expert, at random.
 
     The dense FFN is the sum of its parts, so every part's output is multiplied by the number of
-    active experts, whose routing weights sum to one. What the others hold is not gone: use it with
-    the compensation none.
+    active experts, whose routing weights sum to one. What the others hold is not gone, so there is
+    nothing to compensate and no other channels to choose.
     """
+
+    @property
+    def divides(self) -> bool:
+        """Every channel has exactly one expert."""
+        return True
 
     def shared_channels(self, channels: int, experts: int, width: int) -> int:
         """None is shared; raises `PomonaError` where the experts do not divide all channels."""

@@ -29,6 +29,11 @@ class TopChannels:
         if not 0 <= self.shared < 1:
             raise PomonaError(f"shared {self.shared} is not a share; use 0 or for example 0.25")
 
+    @property
+    def divides(self) -> bool:
+        """Several experts may keep a channel, or none."""
+        return False
+
     def shared_channels(self, channels: int, experts: int, width: int) -> int:
         """Return the share; raises `PomonaError` where the experts' own channels leave no room for it."""
         size = round(self.shared * channels)

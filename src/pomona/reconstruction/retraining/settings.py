@@ -19,6 +19,14 @@ def _check_rate(tokens: int, learning_rate: float) -> None:
         raise PomonaError(f"learning_rate {learning_rate} is not positive; use for example 1e-3")
 
 
+def _check_shares(warm_up: float, floor: float) -> None:
+    if not (0 <= warm_up < 1 and 0 <= floor <= 1):
+        raise PomonaError(
+            f"warm_up {warm_up} and floor {floor} are to be shares between 0 and 1, warm_up below 1; "
+            "use for example 0.03 and 0.1"
+        )
+
+
 def _check_choice(name: str, value: str, kinds: object) -> None:
     if value not in get_args(kinds):
         known = ", ".join(get_args(kinds))
@@ -30,16 +38,20 @@ class RouterStage:
     """The router alone, every expert serving every token with weight softmax(logits / temperature).
 
     The temperature is folded into the router afterwards. `tokens` 0 leaves the stage out; DIVE takes
-    0.5 B at a constant 1e-4 and temperature 0.05 (one active expert) or 0.5 (two).
+    0.5 B at a constant 1e-4 and temperature 0.05 (one active expert) or 0.5 (two). `warm_up` is the
+    share of the steps in which the rate rises, `floor` the share of it that a cosine ends at.
     """
 
     tokens: int = 0
     learning_rate: float = 1e-3
     schedule: Schedule = "constant"
+    warm_up: float = 0.0
+    floor: float = 0.1
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
         _check_rate(self.tokens, self.learning_rate)
+        _check_shares(self.warm_up, self.floor)
         _check_choice("schedule", self.schedule, Schedule)
         if not self.temperature > 0:
             raise PomonaError(
@@ -69,13 +81,16 @@ class ExpertStage:
 
     def __post_init__(self) -> None:
         _check_rate(self.tokens, self.learning_rate)
+        _check_shares(self.warm_up, self.floor)
         _check_choice("schedule", self.schedule, Schedule)
         _check_choice("experts", self.experts, ExpertTraining)
         _check_choice("router", self.router, RouterTraining)
         if self.rank < 1:
             raise PomonaError(f"rank {self.rank} is not positive; use 1 or more")
-        if not (0 <= self.warm_up < 1 and 0 <= self.floor <= 1):
-            raise PomonaError("warm_up and floor are shares between 0 and 1")
+        if not self.alpha > 0:
+            raise PomonaError(
+                f"alpha {self.alpha} is not positive; use for example {2 * self.rank}"
+            )
 
 
 @dataclass(frozen=True)
@@ -102,7 +117,10 @@ class Objective:
 
 @dataclass(frozen=True)
 class Retraining:
-    """Two stages over windows of `length` tokens, `batch` a forward pass, `accumulate` of them a step."""
+    """Two stages over windows of `length` tokens, `batch` a forward pass, `accumulate` of them a step.
+
+    A stage takes as many whole steps as its tokens pay for; with 0 tokens there is no such stage.
+    """
 
     router: RouterStage = field(default_factory=RouterStage)
     experts: ExpertStage = field(default_factory=ExpertStage)
@@ -121,7 +139,24 @@ class Retraining:
                 raise PomonaError(f"{name} {getattr(self, name)} is not positive; use 1 or more")
         if self.length < 2:
             raise PomonaError(f"length {self.length} is too small; use 2 or more")
+        for stage, tokens in (("router", self.router.tokens), ("experts", self.experts.tokens)):
+            if 0 < tokens < self.step_tokens:
+                raise PomonaError(
+                    f"{stage}.tokens {tokens} is less than one step, {self.step_tokens} tokens "
+                    f"({self.accumulate} · {self.batch} windows of {self.length}); give it at least "
+                    "that or make length, batch or accumulate smaller"
+                )
+
+    @property
+    def step_tokens(self) -> int:
+        """Return how many tokens an optimiser step sees."""
+        return self.length * self.batch * self.accumulate
 
     def steps(self, tokens: int) -> int:
         """Return how many optimiser steps a token budget pays for."""
-        return tokens // (self.length * self.batch * self.accumulate)
+        return tokens // self.step_tokens
+
+    def seen(self) -> tuple[int, int]:
+        """Return the tokens that the steps of the router's and the experts' stage see."""
+        router, experts = self.steps(self.router.tokens), self.steps(self.experts.tokens)
+        return router * self.step_tokens, experts * self.step_tokens

@@ -110,8 +110,7 @@ def _run(
     through = straight_through if settings.objective.straight_through else None
     route = soft(settings.router.temperature) if soft_stage else through
     own = settings.router if soft_stage else settings.experts
-    floor, warm = (1.0, 0.0) if soft_stage else (settings.experts.floor, settings.experts.warm_up)
-    lowest = own.learning_rate * (1.0 if own.schedule == "constant" else floor)
+    lowest = own.learning_rate * (1.0 if own.schedule == "constant" else own.floor)
 
     device = parameters[0].device
     with routed_by(sites, route) as routed:
@@ -133,7 +132,7 @@ def _run(
                 parameters,
                 losses,
                 steps,
-                lambda step: warm_cosine(own.learning_rate, lowest, step, steps, warm),
+                lambda step: warm_cosine(own.learning_rate, lowest, step, steps, own.warm_up),
                 settings.optimiser,
                 settings.accumulate,
                 resume.moments if resume else None,
