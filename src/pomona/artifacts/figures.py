@@ -142,7 +142,15 @@ def _tree(axes: Axes, clusters: Clusters) -> list[int]:
 
 
 def svg(figure: Any) -> str:
-    """Return a figure as one SVG element, without a date, and close it."""
+    """Return a figure as one SVG element, without a date, and close it.
+
+    The solver of a layout leaves the last bits of a place to chance, and ids are hashed from it: rounded.
+    """
+    figure.set_dpi(72)  # an SVG's
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for axes in figure.axes:
+        axes.set_position([round(part, 6) for part in axes.get_position(original=True).bounds])
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
     plt.close(figure)
