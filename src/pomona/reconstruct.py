@@ -25,6 +25,8 @@ from pomona.models.loading import (
     context_length,
     load_model,
     load_tokenizer,
+    outline_checkpoint,
+    outline_model,
 )
 from pomona.models.placement import Placement, moved, placed
 from pomona.models.weights import Checkpoint
@@ -112,11 +114,21 @@ def preview(
     settings: ReconstructSettings,
     placement: Placement = _HERE,
 ) -> Estimate:
-    """Return what `reconstruct` would make and what it would cost, without making it."""
+    """Return what `reconstruct` would make and what it would cost, without making it.
+
+    The model's config.json is enough. Raises `PomonaError` where settings and model do not fit.
+    """
     settings.check_domains(domains)
-    checkpoint = Checkpoint.open(checkpoint_folder(model))
-    shapes = {name: checkpoint.shape(name) for name in checkpoint.files}
-    return estimate(shapes, dense_family(checkpoint), settings, len(domains), placement)
+    checkpoint = outline_checkpoint(model)
+    family = dense_family(checkpoint)
+    dense = outline_model(model, settings.dtype)
+    shapes = {name: tuple(weight.shape) for name, weight in dense.named_parameters()}
+    told = estimate(shapes, family, settings, len(domains), placement)
+    container_of(family, told.sizes).config(checkpoint.config, told.sizes)
+    for how in (settings, settings.retrain):
+        if how is not None:
+            _check_length(how.length, context_length(dense), checkpoint.folder)
+    return told
 
 
 def _retrain(
@@ -178,12 +190,13 @@ def _assemble(
         width = settings.width(dense.channels)
         windows = _draw(checkpoint.folder, domains, settings)
         calibration = _calibrate(dense, windows.calibration, settings, progress)
-        groups = _group(calibration, windows, width, settings, progress)
+        kept = width + settings.planner.shared_channels(dense.channels, settings.experts, width)
+        groups = _group(calibration, windows, kept, settings, progress)
         plan = settings.planner(
             calibration, groups.names, settings.score, width, settings.active, settings.seed
         )
         shares = [_share(calibration.windows, group) for group in plan.groups]
-        at_once = placement.layers or len(dense.ffns)
+        at_once = placement.at_once(len(dense.ffns))
         experts = layer_experts(dense, shares, plan, settings, at_once, progress)
         return write_mixture(
             out,
@@ -239,10 +252,11 @@ def _calibrate(
 def _group(
     calibration: Calibration,
     windows: _Windows,
-    width: int,
+    kept: int,
     settings: ReconstructSettings,
     progress: Progress,
 ) -> _Groups:
+    """Group the domains; an expert has `kept` channels for a token, its own and the shared ones."""
     names = tuple(calibration.stats)
     compared_by = settings.compared_by(len(windows.calibration))
     if settings.grouping == "random" and settings.experts > 1:
@@ -260,7 +274,7 @@ def _group(
             names,
             scores,
             list(windows.affinity.values()),
-            width,
+            kept,
             settings.correlate,
             progress,
         )

@@ -5,13 +5,18 @@ from time import perf_counter
 import torch
 
 
-def matmul_speed(size: int = 1024) -> float:
-    """Return this machine's FLOPs per second in float32 matrix products of a middling size."""
-    a = torch.randn(size, size)
-    torch.mm(a, a)  # the first product also sets up threads
+def matmul_speed(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> float:
+    """Return a device's FLOPs per second in matrix products of a middling size."""
+    device = torch.device(device)
+    size = 1024 if device.type == "cpu" else 4096  # less would time how a GPU is called
+    a = torch.randn(size, size).to(device, dtype)
+    float(
+        torch.mm(a, a)[0, 0]
+    )  # the first product also sets up threads; a value read is waited for
     began = perf_counter()
-    for _ in range(5):
+    for _ in range(4):
         torch.mm(a, a)
+    float(torch.mm(a, a)[0, 0])
     return 5 * 2 * size**3 / (perf_counter() - began)
 
 

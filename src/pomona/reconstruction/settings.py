@@ -110,6 +110,15 @@ class ReconstructSettings:
             return None
         return "scores" if domains < self.experts else self.affinity
 
+    def remarks(self, domains: int) -> tuple[str, ...]:
+        """Return what one should be told about so many domains."""
+        if self.affinity == self.compared_by(domains) or self.compared_by(domains) is None:
+            return ()
+        return (
+            f"{domains} domains are split to make {self.experts} experts: their parts are compared by "
+            "scores, not by perplexity, as no other text is known to be a part's",
+        )
+
     def width(self, channels: int) -> int:
         """Return the channels per expert; raises `PomonaError` when there are none."""
         width = round(self.keep * channels)
