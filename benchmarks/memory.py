@@ -4,7 +4,8 @@
 
 Writes a randomly initialised Llama of that size (bfloat16), reconstructs it with `pomona reconstruct
 --offload --layers-at-once 32` in a process of its own and compares that process's largest resident set with
-the checkpoint's size; then tells, from shapes alone, what a model of 8 B and one of 70 B would need.
+the checkpoint's size; then tells, from shapes alone, what a model of 8 B and one of 70 B would need, and
+retraining the former.
 Needs two to three times the size on disk, and the tokenizer of `rootstock-3m` (POMONA_MODELS).
 """
 
@@ -17,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic, sleep
 
@@ -34,6 +36,7 @@ from pomona.recipe import dump
 from pomona.recipe.reconstruct import ReconstructRecipe
 from pomona.reconstruct import ReconstructSettings
 from pomona.reconstruction.estimate import estimate
+from pomona.reconstruction.retraining import Retraining
 from pomona.reconstruction.specialise import Specialise
 
 AT_ONCE = 32
@@ -187,6 +190,12 @@ def _on_paper() -> Iterator[dict[str, object]]:
             told = estimate(shapes, DENSE_FAMILIES["llama"], settings, 8, placement)
             where = "offloaded, layer by layer" if placement.offload else "4 layers at once"
             yield {"what": f"{name}: {where}, on paper", "bytes": told.peak_bytes}
+    shapes, offloaded = _shapes_of(LLAMA_8B), Placement(offload=True)
+    for where, checkpointing in (("", False), (" with checkpointing", True)):
+        how = Retraining(dtype="bfloat16", checkpointing=checkpointing)
+        own = replace(settings, retrain=how)
+        told = estimate(shapes, DENSE_FAMILIES["llama"], own, 8, offloaded)
+        yield {"what": f"8 B: retrained{where}, on paper", "bytes": told.peak_bytes}
 
 
 if __name__ == "__main__":

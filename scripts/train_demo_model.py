@@ -90,7 +90,7 @@ def windows_of(texts: dict[str, list[str]], tokenizer: PreTrainedTokenizerFast) 
     """Join all documents, each closed by the end-of-sequence token, in a shuffled order."""
     documents = encode_texts([text for domain in texts.values() for text in domain], tokenizer)
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(0)).tolist()
-    joined = [token for i in order for token in (*documents[i], tokenizer.eos_token_id)]
+    joined = [token for i in order for token in (*documents[i].tolist(), tokenizer.eos_token_id)]
     return torch.tensor(joined[: len(joined) // LENGTH * LENGTH]).view(-1, LENGTH)
 
 

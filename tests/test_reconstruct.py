@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pomona.artifacts.personal import PersonalModel
 from pomona.artifacts.reconstruction_records import read_records
-from pomona.data.texts import read_domains
+from pomona.data.texts import encode_texts, read_domains, sample_windows
 from pomona.errors import PomonaError
 from pomona.evaluate import on_text
 from pomona.reconstruct import ReconstructSettings, reconstruct
 from pomona.reconstruction.compensate import NoCompensation
-from pomona.reconstruction.planners import ActivationClusters, RandomSplit
+from pomona.reconstruction.planners import ActivationClusters, RandomSplit, TopChannels
 from pomona.reconstruction.router import Centroids, Fitted, RandomRouter
 from pomona.reconstruction.specialise import Specialise
 
@@ -120,6 +120,43 @@ def test_real_model_and_domains(models_dir, data_dir, tmp_path):
         losses[model.name] = figures["mean"]["loss"]
     assert losses["rootstock-3m"] < losses["fitted"] < losses["random"]
     assert losses["fitted"] < losses["rootstock-3m"] + 0.4
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.25])
+def test_affinity_prunes_to_all_channels_of_an_expert(dense_dir, tmp_path, shared):
+    """Its own and the shared ones: WIFV by hand, columns of `down_proj` set to zero, mean cross-entropy."""
+    settings = replace(SMALL, keep=0.25, planner=TopChannels(shared=shared))
+    made = reconstruct(dense_dir, DOMAINS, tmp_path / "out", settings)
+    tokenizer = AutoTokenizer.from_pretrained(dense_dir)
+    first, second = (encode_texts(DOMAINS[name], tokenizer) for name in "ac")
+    model = AutoModelForCausalLM.from_pretrained(dense_dir, dtype=torch.float32)
+    seen = {}
+    for layer in model.model.layers:
+        layer.mlp.down_proj.register_forward_pre_hook(
+            lambda module, args: seen.__setitem__(module, args[0].flatten(0, 1).double())
+        )
+    with torch.no_grad():
+        model(sample_windows(first, SMALL.windows, SMALL.length, "0/calibration", "a"))
+        for down, activation_NF in seen.items():
+            score_F = activation_NF.var(0, correction=0) * down.weight.double().square().sum(0)
+            gone = score_F.argsort(descending=True)[round((0.25 + shared) * 64) :]
+            down.weight[:, gone] = 0
+        held = sample_windows(second, SMALL.affinity_windows, SMALL.length, "0/affinity", "c")
+        loss = model(input_ids=held, labels=held).loss
+    assert float(made.affinity.perplexity_MM[0, 2]) == pytest.approx(float(loss.exp()), rel=1e-4)
+
+
+def test_every_domain_is_encoded_once(dense_dir, tmp_path, monkeypatch):
+    seen = []
+
+    def told(texts, tokenizer):
+        seen.append(list(texts))
+        return encode_texts(texts, tokenizer)
+
+    monkeypatch.setattr("pomona.reconstruct.encode_texts", told)
+    assert SMALL.affinity == "perplexity"
+    reconstruct(dense_dir, DOMAINS, tmp_path / "out", SMALL)
+    assert seen == list(DOMAINS.values())
 
 
 def test_an_output_that_is_not_empty_is_refused(dense_dir, tmp_path):

@@ -14,7 +14,7 @@ from torch import Tensor
 from pomona.artifacts.mixture import write_mixture, write_retrained
 from pomona.artifacts.reconstruction_records import read_records
 from pomona.artifacts.workspace import Workspace
-from pomona.data.texts import consecutive_windows, digest, sample_windows
+from pomona.data.texts import consecutive_windows, digest, encode_texts, sample_windows
 from pomona.errors import PomonaError
 from pomona.files import cannot_write
 from pomona.models.dense import container_of, dense_family
@@ -25,6 +25,8 @@ from pomona.models.loading import (
     context_length,
     load_model,
     load_tokenizer,
+    outline_checkpoint,
+    outline_model,
 )
 from pomona.models.placement import Placement, moved, placed
 from pomona.models.weights import Checkpoint
@@ -45,6 +47,14 @@ from pomona.shapes import Tokens
 __all__ = ["Estimate", "ReconstructSettings", "Reconstruction", "preview", "reconstruct"]
 
 _HERE = Placement()
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """Every domain's windows [B, T]: those that calibrate, others that measure pruned models."""
+
+    calibration: Mapping[str, Tokens]
+    affinity: Mapping[str, Tokens]
 
 
 @dataclass(frozen=True)
@@ -104,11 +114,21 @@ def preview(
     settings: ReconstructSettings,
     placement: Placement = _HERE,
 ) -> Estimate:
-    """Return what `reconstruct` would make and what it would cost, without making it."""
+    """Return what `reconstruct` would make and what it would cost, without making it.
+
+    The model's config.json is enough. Raises `PomonaError` where settings and model do not fit.
+    """
     settings.check_domains(domains)
-    checkpoint = Checkpoint.open(checkpoint_folder(model))
-    shapes = {name: checkpoint.shape(name) for name in checkpoint.files}
-    return estimate(shapes, dense_family(checkpoint), settings, len(domains), placement)
+    checkpoint = outline_checkpoint(model)
+    family = dense_family(checkpoint)
+    dense = outline_model(model, settings.dtype)
+    shapes = {name: tuple(weight.shape) for name, weight in dense.named_parameters()}
+    told = estimate(shapes, family, settings, len(domains), placement)
+    container_of(family, told.sizes).config(checkpoint.config, told.sizes)
+    for how in (settings, settings.retrain):
+        if how is not None:
+            _check_length(how.length, context_length(dense), checkpoint.folder)
+    return told
 
 
 def _retrain(
@@ -168,13 +188,15 @@ def _assemble(
         freeze(base)
         dense = dense_model(base, family, checkpoint)
         width = settings.width(dense.channels)
-        calibration = _calibrate(checkpoint.folder, dense, domains, settings, progress)
-        groups = _group(checkpoint.folder, calibration, domains, width, settings, progress)
+        windows = _draw(checkpoint.folder, domains, settings)
+        calibration = _calibrate(dense, windows.calibration, settings, progress)
+        kept = width + settings.planner.shared_channels(dense.channels, settings.experts, width)
+        groups = _group(calibration, windows, kept, settings, progress)
         plan = settings.planner(
             calibration, groups.names, settings.score, width, settings.active, settings.seed
         )
         shares = [_share(calibration.windows, group) for group in plan.groups]
-        at_once = placement.layers or len(dense.ffns)
+        at_once = placement.at_once(len(dense.ffns))
         experts = layer_experts(dense, shares, plan, settings, at_once, progress)
         return write_mixture(
             out,
@@ -189,15 +211,30 @@ def _assemble(
         )
 
 
+def _draw(
+    folder: Path, domains: Mapping[str, Sequence[str]], settings: ReconstructSettings
+) -> _Windows:
+    """Draw every domain's windows; one domain's tokens are in memory at a time."""
+    tokenizer = load_tokenizer(folder)
+    counts = {"calibration": settings.windows}
+    if settings.compared_by(len(domains)) == "perplexity":
+        counts["affinity"] = settings.affinity_windows
+    drawn: dict[str, dict[str, Tokens]] = {"calibration": {}, "affinity": {}}
+    for name, texts in domains.items():
+        documents = encode_texts(texts, tokenizer)
+        for purpose, count in counts.items():
+            seed = f"{settings.seed}/{purpose}"
+            drawn[purpose][name] = sample_windows(documents, count, settings.length, seed, name)
+    return _Windows(**drawn)
+
+
 def _calibrate(
-    folder: Path,
     dense: DenseModel,
-    domains: Mapping[str, Sequence[str]],
+    windows: Mapping[str, Tokens],
     settings: ReconstructSettings,
     progress: Progress,
 ) -> Calibration:
-    """Draw windows, split domains where there are fewer than experts, gather statistics."""
-    windows = _windows(folder, domains, settings, settings.windows, "calibration")
+    """Split domains where there are fewer than experts, gather statistics."""
     if settings.grouping == "affinity":
         windows = refine(windows, lambda own_BT: mean_hidden(dense, own_BT), settings.experts)
     if settings.score.gradients and dense.downs[0].weight.device.type == "meta":
@@ -213,52 +250,36 @@ def _calibrate(
 
 
 def _group(
-    folder: Path,
     calibration: Calibration,
-    domains: Mapping[str, Sequence[str]],
-    width: int,
+    windows: _Windows,
+    kept: int,
     settings: ReconstructSettings,
     progress: Progress,
 ) -> _Groups:
+    """Group the domains; an expert has `kept` channels for a token, its own and the shared ones."""
     names = tuple(calibration.stats)
-    if settings.grouping == "all" or settings.experts == 1:
-        return _Groups((names,) * settings.experts)
-    if settings.grouping == "random":
+    compared_by = settings.compared_by(len(windows.calibration))
+    if settings.grouping == "random" and settings.experts > 1:
         return _Groups(random_groups(names, settings.experts, settings.seed))
+    if compared_by is None:
+        return _Groups((names,) * settings.experts)
     scores = [
         score_layers(settings.score, own, calibration.dense) for own in calibration.stats.values()
     ]
-    if settings.affinity == "scores" or len(names) != len(domains):
-        affinity = score_affinity(names, scores)  # parts of domains have no held-out text
+    if compared_by == "scores":
+        affinity = score_affinity(names, scores)
     else:
-        held = _windows(folder, domains, settings, settings.affinity_windows, "affinity")
         affinity = perplexity_affinity(
             calibration.dense,
             names,
             scores,
-            list(held.values()),
-            width,
+            list(windows.affinity.values()),
+            kept,
             settings.correlate,
             progress,
         )
     clusters = cluster(affinity, settings.experts, settings.linkage)
     return _Groups(clusters.groups, affinity, clusters)
-
-
-def _windows(
-    folder: Path,
-    domains: Mapping[str, Sequence[str]],
-    settings: ReconstructSettings,
-    count: int,
-    purpose: str,
-) -> dict[str, Tokens]:
-    """Draw every domain's windows; another purpose draws others."""
-    tokenizer = load_tokenizer(folder)
-    seed = f"{settings.seed}/{purpose}"
-    return {
-        name: sample_windows(texts, tokenizer, count, settings.length, seed, name)
-        for name, texts in domains.items()
-    }
 
 
 def _share(windows: Mapping[str, Tensor], group: Sequence[str]) -> Tensor:

@@ -13,7 +13,7 @@ from pomona.data.examples import Example, collate, encode, encode_prompt
 from pomona.data.formats import FORMATS, Auto, detect
 from pomona.data.row import Row
 from pomona.data.templates import TEMPLATES
-from pomona.data.texts import sample_windows
+from pomona.data.texts import encode_texts, sample_windows
 from pomona.errors import PomonaError
 from pomona.federation.partition import PARTITIONS
 from pomona.federation.selection import SELECTIONS
@@ -44,7 +44,8 @@ def dense(dense_dir):
 def windows(dense_dir):
     tokenizer = AutoTokenizer.from_pretrained(dense_dir)
     texts = [[word_text(20 * domain + i, 40) for i in range(9)] for domain in range(3)]
-    return [sample_windows(own, tokenizer, 6, 24, 0, str(i)) for i, own in enumerate(texts)]
+    documents = [encode_texts(own, tokenizer) for own in texts]
+    return [sample_windows(own, 6, 24, 0, str(i)) for i, own in enumerate(documents)]
 
 
 def rows(count=40):

@@ -1,13 +1,17 @@
 """Reading rows and text: a file and line for every complaint."""
 
 import json
+import tracemalloc
 
 import pytest
+import torch
+from conftest import word_text
 
 from pomona.data.rows import read_rows
 from pomona.data.texts import consecutive_windows, encode_texts, read_domains, sample_windows
 from pomona.errors import PomonaError
 from pomona.models.loading import load_tokenizer
+from pomona.seeds import numpy_generator
 
 QA = {"question": "a", "answer": "c"}
 
@@ -81,23 +85,71 @@ def test_bad_domains(tmp_path, make):
 def test_windows_are_a_function_of_seed_and_domain(moe_dir):
     tokenizer = load_tokenizer(moe_dir)
     texts = ["red green", "blue apple pear plum tree leaf root seed rain sun " * 5, "sun"]
-    first = sample_windows(texts, tokenizer, 20, 16, 0, "x")
+    documents = encode_texts(texts, tokenizer)
+    first = sample_windows(documents, 20, 16, 0, "x")
     assert first.shape == (20, 16)
-    assert first.tolist() == sample_windows(texts, tokenizer, 20, 16, 0, "x").tolist()
-    assert first.tolist() != sample_windows(texts, tokenizer, 20, 16, 1, "x").tolist()
-    assert first.tolist() != sample_windows(texts, tokenizer, 20, 16, 0, "y").tolist()
-    known = {t for document in encode_texts(texts, tokenizer) for t in document}
-    assert set(first.flatten().tolist()) <= known
+    assert first.tolist() == sample_windows(documents, 20, 16, 0, "x").tolist()
+    assert first.tolist() != sample_windows(documents, 20, 16, 1, "x").tolist()
+    assert first.tolist() != sample_windows(documents, 20, 16, 0, "y").tolist()
+    assert set(first.flatten().tolist()) <= set(documents.token_N.tolist())
     with pytest.raises(
         PomonaError, match=r'domain "x" has \d+ tokens, fewer than one window of 999'
     ):
-        sample_windows(texts, tokenizer, 1, 999, 0, "x")
+        sample_windows(documents, 1, 999, 0, "x")
+
+
+def plainly_encoded(texts, tokenizer):
+    """Every document by itself, as lists."""
+    return [[tokenizer.bos_token_id, *tokenizer.encode(t, add_special_tokens=False)] for t in texts]
+
+
+@pytest.mark.parametrize("characters", [1, 1 << 9, 1 << 18])
+def test_windows_are_those_of_the_plain_way_bit_for_bit(moe_dir, monkeypatch, characters):
+    """However few documents are encoded at a time: the same tokens, the same windows."""
+    monkeypatch.setattr("pomona.data.texts._CHARACTERS", characters)
+    tokenizer = load_tokenizer(moe_dir)
+    texts = [word_text(i, 1 + 13 * i % 70) for i in range(60)]
+    plain = plainly_encoded(texts, tokenizer)
+    documents = encode_texts(texts, tokenizer)
+    assert [documents[i].tolist() for i in range(len(documents))] == plain
+    assert documents.token_N.dtype == torch.int32
+    generator = numpy_generator("5/calibration", "windows", "x")
+    expected = []
+    for _ in range(30):
+        joined = []
+        while len(joined) < 48:
+            joined += plain[int(generator.integers(len(plain)))]
+        start = int(generator.integers(len(joined) - 48 + 1))
+        expected.append(joined[start : start + 48])
+    windows = sample_windows(documents, 30, 48, "5/calibration", "x")
+    assert torch.equal(windows, torch.tensor(expected))
+    assert windows.dtype == torch.int64
+
+
+def test_encoding_keeps_a_few_bytes_per_token(moe_dir):
+    """tracemalloc sees Python's memory, where lists of numbers take 36 bytes per token and more."""
+    tokenizer = load_tokenizer(moe_dir)
+    texts = [word_text(i, 300) for i in range(1200)]
+    short = [word_text(i, 30) for i in range(4000)]
+    peaks = []
+    tracemalloc.start()
+    for own in (texts[:400], texts, short):
+        tracemalloc.reset_peak()
+        before, _ = tracemalloc.get_traced_memory()
+        documents = encode_texts(own, tokenizer)
+        peaks.append((len(documents.token_N), tracemalloc.get_traced_memory()[1] - before))
+        del documents
+    tracemalloc.stop()
+    (small, first), (large, second), (_, third) = peaks
+    assert large > 2.9 * small > 2.9 * 100_000
+    assert second - first < 5 * (large - small)
+    assert third < second
 
 
 def test_consecutive_windows_cover_the_text_once(moe_dir):
     tokenizer = load_tokenizer(moe_dir)
     texts = ["red green blue apple " * 10, "pear plum"]
-    joined = [t for document in encode_texts(texts, tokenizer) for t in document]
+    joined = [t for document in plainly_encoded(texts, tokenizer) for t in document]
     windows = consecutive_windows(texts, tokenizer, 7)
     assert windows.flatten().tolist() == joined[: len(joined) // 7 * 7]
     assert consecutive_windows(texts, tokenizer, 7, 2).tolist() == windows[:2].tolist()

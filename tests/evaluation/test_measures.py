@@ -14,6 +14,7 @@ from pomona.evaluation.experts import expert_load
 from pomona.evaluation.intervals import paired_bootstrap, ratio_bootstrap
 from pomona.evaluation.loss import answer_losses, perplexity, text_loss
 from pomona.evaluation.rouge import rouge_l
+from pomona.evaluation.work import matmul_speed
 from pomona.models.loading import load_tokenizer
 
 
@@ -120,3 +121,12 @@ def test_pairing_sees_a_small_difference_that_two_intervals_do_not():
     assert same.p_value == 1.0
     a, b = ratio_bootstrap([(other, tokens)]), ratio_bootstrap([(nats, tokens)])
     assert a.low < b.high
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_speed_is_that_of_finished_products(device):
+    """Whoever does not wait for a GPU times the calls: more than any device computes."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("this machine has no GPU")
+    for dtype in (torch.float32, torch.bfloat16):
+        assert 1e7 < matmul_speed(device, dtype) < 5e15

@@ -96,6 +96,22 @@ def test_what_a_checkpoint_lacks_is_told_as_when_it_is_loaded(copy, damage, comp
     assert told[0] == told[1]
 
 
+@pytest.mark.parametrize(
+    ("placement", "held"),
+    [
+        (Placement(), 32),
+        (Placement(layers=4), 4),
+        (Placement(layers=99), 32),
+        (Placement(offload=True), 4),
+        (Placement(offload=True, layers=0), 32),
+        (Placement(offload=True, layers=7), 7),
+    ],
+)
+def test_an_offloaded_model_has_few_layers_at_once_unless_all_are_asked_for(placement, held):
+    assert placement.at_once(32) == held
+    assert placement.at_once(1) == 1
+
+
 def test_a_device_is_found_or_told():
     assert find_device("cpu") == torch.device("cpu")
     assert find_device("auto").type in ("cpu", "cuda")

@@ -56,9 +56,12 @@ Offload = Annotated[
     typer.Option("--offload", help="Read dense weights from disk, a layer's when it is used."),
 ]
 AtOnce = Annotated[
-    int,
+    int | None,
     typer.Option(
-        "--layers-at-once", metavar="N", help="Layers whose experts are held at once; 0: all."
+        "--layers-at-once",
+        metavar="N",
+        help="Layers whose experts are held at once; 0: all. Else 4 with --offload, all without.",
+        show_default=False,
     ),
 ]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of windows and fits.")]
@@ -78,7 +81,7 @@ def reconstruct(
     recipe: Recipe = None,
     device: Device = "auto",
     offload: Offload = False,
-    layers_at_once: AtOnce = 0,
+    layers_at_once: AtOnce = None,
     dry_run: DryRun = False,
 ) -> None:
     """Turn a dense model into a stock mixture of experts.
@@ -102,19 +105,20 @@ def reconstruct(
     given |= {"keep": keep, "split_domains": split_domains, "retrain": retrain, "text": text}
     source = read_reconstruct_recipe(recipe, {**given, "seed": seed})
     placement = Placement(device, offload, layers_at_once)
+    texts = source.load_domains()
     if dry_run:
-        names = list(source.load_domains())
-        console.print(str(preview(source.model, names, source.settings, placement)))
+        console.print(str(preview(source.model, list(texts), source.settings, placement)))
         return
     with progress_bars() as progress:
         made = run_reconstruct(
             source.model,
-            source.load_domains(),
+            texts,
             out,
             source.settings,
             progress,
             source.load_text(),
             placement,
         )
-    console.print(str(made))
+    for line in (str(made), *source.settings.remarks(len(texts))):
+        console.print(line)
     console.print(f"{out} opens with AutoModelForCausalLM.from_pretrained")

@@ -1,7 +1,9 @@
 """Plain text by domain, and windows of tokens from it."""
 
 import hashlib
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from glob import glob, has_magic
 from pathlib import Path
 from typing import Literal, cast
@@ -15,7 +17,10 @@ from pomona.errors import PomonaError
 from pomona.seeds import numpy_generator
 from pomona.shapes import Tokens
 
-_AT_ONCE = 1000  # documents that are encoded together
+# Documents that are encoded together: at most so many, and no more once they have so many characters. A
+# tokenizer's own lists take tens of bytes per token, what is kept of them takes four.
+_AT_ONCE = 1000
+_CHARACTERS = 1 << 18
 _HELD_OUT = (".valid.", ".test.")
 
 # Data in another form, which as plain text would be measured with all its brackets and quotes.
@@ -82,13 +87,24 @@ def _plain_text(path: Path) -> str:
     return text
 
 
+@dataclass(frozen=True)
+class Documents:
+    """The tokens of documents in a row [N], int32; document i ends before `end_X[i]`."""
+
+    token_N: Tensor = field(repr=False)
+    end_X: Tensor = field(repr=False)
+
+    def __len__(self) -> int:
+        """Return the number of documents."""
+        return len(self.end_X)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Return one document's tokens, no copy."""
+        return self.token_N[int(self.end_X[index - 1]) if index else 0 : int(self.end_X[index])]
+
+
 def sample_windows(
-    texts: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    count: int,
-    length: int,
-    seed: int | str,
-    domain: str,
+    documents: Documents, count: int, length: int, seed: int | str, domain: str
 ) -> Tokens:
     """Return `count` random windows of `length` tokens, [count, length].
 
@@ -96,22 +112,24 @@ def sample_windows(
     randomly drawn short texts joined until they are, each with its own beginning-of-sequence token.
     A function of (seed, domain). Raises `PomonaError` when the domain has less than one window.
     """
-    documents = encode_texts(texts, tokenizer)
-    found = sum(map(len, documents))
+    found = len(documents.token_N)
     if found < length:
         raise PomonaError(
             f'domain "{domain}" has {found} tokens, fewer than one window of {length}; give it more '
             "text or use shorter windows"
         )
     generator = numpy_generator(seed, "windows", domain)
-    windows: list[list[int]] = []
-    while len(windows) < count:
-        joined: list[int] = []
-        while len(joined) < length:
-            joined += documents[int(generator.integers(len(documents)))]
-        start = int(generator.integers(len(joined) - length + 1))
-        windows.append(joined[start : start + length])
-    return torch.tensor(windows)
+    windows = torch.empty(count, length, dtype=torch.int64)
+    for window_T in windows:
+        parts: list[Tensor] = []
+        joined = 0
+        while joined < length:
+            parts.append(documents[int(generator.integers(len(documents)))])
+            joined += len(parts[-1])
+        start = int(generator.integers(joined - length + 1))
+        own_N = parts[0] if len(parts) == 1 else torch.cat(parts)
+        window_T.copy_(own_N[start : start + length])
+    return windows
 
 
 def consecutive_windows(
@@ -122,24 +140,56 @@ def consecutive_windows(
     A rest shorter than a window is left out; text shorter than one window gives a single short one.
     Tokens take four bytes each, and no more text is encoded than the limit needs.
     """
-    parts: list[Tensor] = []
-    found = 0
-    for start in range(0, len(texts), _AT_ONCE):
-        own = encode_texts(texts[start : start + _AT_ONCE], tokenizer)
-        parts.append(torch.tensor([t for tokens in own for t in tokens], dtype=torch.int32))
-        found += len(parts[-1])
-        if limit and found >= limit * length:
-            break
-    length = max(1, min(length, found))
-    whole = min(found // length, limit or found)
-    return torch.cat(parts)[: whole * length].view(whole, length)
+    token_N = encode_texts(texts, tokenizer, limit * length).token_N
+    length = max(1, min(length, len(token_N)))
+    whole = min(len(token_N) // length, limit or len(token_N))
+    return token_N[: whole * length].view(whole, length)
 
 
-def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Return each text's tokens, led by the beginning-of-sequence token where one is defined."""
-    encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+def encode_texts(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, enough: int = 0
+) -> Documents:
+    """Return each text's tokens, led by the beginning-of-sequence token where one is defined.
+
+    A few documents are encoded at a time, each of them whole; no more once there are `enough` tokens (0:
+    all).
+    """
     bos = [] if tokenizer.bos_token_id is None else [cast(int, tokenizer.bos_token_id)]
-    return [[*bos, *tokens] for tokens in encoded]  # pyright: ignore[reportGeneralTypeIssues]
+    tokens, ends = array("i"), array("q")
+    for batch in _batches(texts):
+        encoded = tokenizer(
+            batch,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        for own in cast(list[list[int]], encoded["input_ids"]):
+            tokens.extend(bos)
+            tokens.extend(own)
+            ends.append(len(tokens))
+        if enough and len(tokens) >= enough:
+            break
+    return Documents(_tensor(tokens, torch.int32), _tensor(ends, torch.int64))
+
+
+def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Yield the documents in order, a few at a time."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if len(batch) == _AT_ONCE or size >= _CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _tensor(values: "array[int]", dtype: torch.dtype) -> Tensor:
+    """Return numbers as a tensor on the same memory."""
+    return torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)
 
 
 def digest(texts: Sequence[str]) -> str:

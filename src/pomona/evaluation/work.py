@@ -3,16 +3,28 @@
 from time import perf_counter
 
 import torch
+from torch import Tensor
+
+_LARGEST = 4096
 
 
-def matmul_speed(size: int = 1024) -> float:
-    """Return this machine's FLOPs per second in float32 matrix products of a middling size."""
-    a = torch.randn(size, size)
-    torch.mm(a, a)  # the first product also sets up threads
+def matmul_speed(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> float:
+    """Return a device's FLOPs per second in matrix products, large enough to take a while there."""
+    size = 256
+    while True:
+        seconds = _five_products(torch.randn(size, size).to(device, dtype))
+        if seconds > 0.1 or size == _LARGEST:
+            return 5 * 2 * size**3 / seconds
+        size *= 2
+
+
+def _five_products(a: Tensor) -> float:
+    float(torch.mm(a, a)[0, 0])  # the first product also sets up threads
     began = perf_counter()
-    for _ in range(5):
+    for _ in range(4):
         torch.mm(a, a)
-    return 5 * 2 * size**3 / (perf_counter() - began)
+    float(torch.mm(a, a)[0, 0])  # a value that is read is waited for, on a GPU too
+    return perf_counter() - began
 
 
 def clock(seconds: float) -> str:

@@ -95,6 +95,15 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 
+def outline_checkpoint(source: str | Path) -> Checkpoint:
+    """Return a checkpoint of which its config alone is known; of a Hub id no other file is fetched.
+
+    Raises `PomonaError` where there is no config.json.
+    """
+    folder = _config_folder(source)
+    return Checkpoint(folder, read_object(folder / "config.json"), {})
+
+
 def checkpoint_folder(model: str | Path) -> Path:
     """Return a local folder of a checkpoint; a Hub id is downloaded, safetensors only.
 

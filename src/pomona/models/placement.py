@@ -20,6 +20,7 @@ from pomona.models.loading import Dtype, check_tensors, load_model, outline_mode
 from pomona.models.weights import SHARD_BYTES, Checkpoint
 
 _M_MMAP_THRESHOLD = -3  # of malloc.h
+_OFFLOADED = 4  # layers at once where nobody says how many
 
 
 @dataclass(frozen=True)
@@ -28,15 +29,16 @@ class Placement:
 
     With `offload` a layer's weights are read from the checkpoint when it is used and dropped again, so
     that a model larger than memory runs. `layers` are how many layers' sums and experts are held at once
-    while a mixture is made, 0 for all. On one device no weight of the result depends on these two.
+    while a mixture is made, 0 for all; None is 4 with `offload`, which is for want of memory, else all. On
+    one device no weight of the result depends on these two.
     """
 
     device: str = "auto"
     offload: bool = False
-    layers: int = 0
+    layers: int | None = None
 
     def __post_init__(self) -> None:
-        if self.layers < 0:
+        if self.layers is not None and self.layers < 0:
             raise PomonaError(f"layers {self.layers} is negative; use 0 for all at once")
         self.torch_device()
 
@@ -44,6 +46,13 @@ class Placement:
     def shard_bytes(self) -> int:
         """How much of the result waits in memory to be written; little where memory is short."""
         return SHARD_BYTES // 8 if self.offload else SHARD_BYTES
+
+    def at_once(self, layers: int) -> int:
+        """Return how many of so many layers are held at once."""
+        own = self.layers
+        if own is None:
+            own = _OFFLOADED if self.offload else 0
+        return min(own, layers) or layers
 
     def torch_device(self) -> torch.device:
         """Return the device; raises `PomonaError` where this machine has none of that name."""

@@ -1,7 +1,7 @@
 """What a reconstruction would make and cost, from the checkpoint's headers alone."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from math import prod
 
@@ -17,7 +17,10 @@ from pomona.models.dense import (
     container_of,
 )
 from pomona.models.placement import Placement
+from pomona.reconstruction.passes import PerToken, assembling_work, retraining_work
 from pomona.reconstruction.retraining import Retraining
+from pomona.reconstruction.retraining.memory import StudentShapes, retraining_bytes
+from pomona.reconstruction.router import Fitted
 from pomona.reconstruction.settings import ReconstructSettings
 
 
@@ -28,8 +31,9 @@ class Estimate:
     `flops` counts two per weight that a token meets, as is usual, without the attention's products
     between tokens. `peak_bytes` is the dense model (offloaded: its embeddings and one layer's FFN), the
     sums, inputs and experts of as many layers as are made at once and the shard that is being written;
-    for retraining the mixture, the teacher, gradients and moments. Activations are not in it.
-    `seconds` is what `work_flops` take at the speed of this machine's matrix products, a lower bound.
+    for retraining the mixture, the teacher, what learns with gradients and moments, and the merged copies
+    of weights that learn. Activations are not in it. `seconds` is what `work_flops` take at the speed of
+    the device's matrix products, a lower bound. `remarks` are sentences about what was asked for.
     """
 
     container: str
@@ -42,6 +46,7 @@ class Estimate:
     peak_bytes: int
     work_flops: int
     seconds: float
+    remarks: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return "\n".join(
@@ -53,6 +58,7 @@ class Estimate:
                 f"{self.peak_bytes / 2**30:.2f} GiB for weights, sums and moments while it is made; "
                 "activations and libraries come on top",
                 f"{self.work_flops / 1e12:,.1f} TFLOPs of work, at least {clock(self.seconds)} here",
+                *self.remarks,
             )
         )
 
@@ -76,22 +82,75 @@ def estimate(
     container = container_of(family, sizes)
     total = dense + layers * (_layer(container, sizes, hidden) - 3 * hidden * channels)
     active = total - layers * 3 * hidden * (sizes.experts - sizes.active) * sizes.width
-    embedding = _embedding(shapes)
-    work = _work(settings, domains, 2 * (dense - embedding), 2 * (active - embedding))
+    embedding, block = _embedding(shapes), down.partition("{layer}")[0].format() + "0."
+    own = sum(prod(shape) for name, shape in shapes.items() if name.startswith(block))
+    every = 2 * (total - embedding) if sizes.experts > 1 else 0
+    per = PerToken(2 * (dense - embedding), 2 * own, layers, 2 * (active - embedding), every)
+    at_once = placement.at_once(layers)
+    work = assembling_work(settings, domains, per, at_once) + retraining_work(settings.retrain, per)
+    assembling = _assembling(shapes, layers, hidden, channels, settings, placement)
+    student = _student(shapes, layers, hidden, sizes, total)
+    peak = _peak(assembling, settings.retrain, student)
     return Estimate(
         container.name,
         sizes,
         total,
         active,
         dense,
-        2 * (active - embedding),
-        2 * (dense - embedding),
-        max(
-            _assembling(shapes, layers, hidden, channels, settings, placement),
-            _retraining(settings.retrain, dense, total),
-        ),
+        per.active,
+        per.dense,
+        peak,
         work,
-        work / matmul_speed(),
+        work / _speed(settings, placement),
+        (*settings.remarks(domains), *_checkpointed(assembling, settings.retrain, student, peak)),
+    )
+
+
+def _speed(settings: ReconstructSettings, placement: Placement) -> float:
+    """Return FLOPs per second of the device asked for, in the faster type where there are two."""
+    kinds = {settings.dtype} | ({settings.retrain.dtype} if settings.retrain else set())
+    device = placement.torch_device()
+    return max(matmul_speed(device, getattr(torch, kind)) for kind in sorted(kinds))
+
+
+def _peak(assembling: int, how: Retraining | None, student: StudentShapes) -> int:
+    return max(assembling, 0 if how is None else retraining_bytes(how, student))
+
+
+def _checkpointed(
+    assembling: int, how: Retraining | None, student: StudentShapes, peak: int
+) -> tuple[str, ...]:
+    """Say what checkpointing would do where it saves a tenth or more."""
+    if how is None or how.checkpointing:
+        return ()
+    less = _peak(assembling, replace(how, checkpointing=True), student)
+    if less > 0.9 * peak:
+        return ()
+    return (
+        f"with retrain.checkpointing = true {less / 2**30:.2f} GiB: every layer is merged with what it "
+        "has learned when it is computed, and not kept",
+    )
+
+
+def _student(
+    shapes: Mapping[str, tuple[int, ...]],
+    layers: int,
+    hidden: int,
+    sizes: MixtureSizes,
+    total: int,
+) -> StudentShapes:
+    """Return what retraining sees of the mixture, whose experts are fused: gate and up are one weight."""
+    experts, width = sizes.experts, sizes.width
+    factors = 3 * (hidden + width) if experts == 1 else experts * (2 * hidden + 3 * width)
+    factors += 3 * (hidden + sizes.shared) if sizes.shared else 0
+    return StudentShapes(
+        dense=sum(prod(shape) for shape in shapes.values()),
+        total=total,
+        layers=layers,
+        ffn=3 * hidden * (experts * width + sizes.shared),
+        factors=factors,
+        router=experts * hidden if experts > 1 else 0,
+        norms=sum(prod(shape) for name, shape in shapes.items() if name.endswith("norm.weight")),
     )
 
 
@@ -124,7 +183,7 @@ def _assembling(
 ) -> int:
     """Return the bytes held while the mixture is made; the checkpoint's own are taken for two each."""
     size = 2 if settings.dtype == "bfloat16" else 4
-    at_once, width = placement.layers or layers, settings.sizes(channels).width
+    at_once, width = placement.at_once(layers), settings.sizes(channels).width
     dense = size * sum(prod(shape) for shape in shapes.values())
     if placement.offload:
         ends = ("model.embed_tokens.weight", "lm_head.weight")
@@ -138,35 +197,10 @@ def _assembling(
     joint = 4 * width * (pairs * width + 4 * settings.experts * hidden) if rounds else 0
     joint += 8 * settings.experts * width * width * rounds  # the solvers
     drawn = settings.experts * settings.windows * settings.length
-    tokens = max(settings.specialise.tokens * rounds, 4096 * settings.experts)
+    routed = settings.router.tokens * settings.experts if isinstance(settings.router, Fitted) else 0
+    tokens = max(settings.specialise.tokens * rounds, routed)
     inputs = size * hidden * min(tokens, drawn)
     experts = size * settings.experts * width * hidden
     sums = at_once * 8 * width * (width + hidden)
     shard = 2 * min(placement.shard_bytes, 2 * layers * 3 * hidden * settings.experts * width)
     return dense + max(sums, joint) + at_once * (inputs + experts) + shard
-
-
-def _retraining(how: Retraining | None, dense: int, total: int) -> int:
-    if how is None:
-        return 0
-    size = 2 if how.dtype == "bfloat16" else 4
-    teacher = size * dense if how.objective.loss == "distil" else 0
-    learning = 12 * total if how.experts.experts == "full" else 0
-    return size * total + teacher + learning
-
-
-def _work(settings: ReconstructSettings, domains: int, dense_flops: int, flops: int) -> int:
-    """Return the FLOPs of the passes for calibration, affinity, compensation and retraining.
-
-    The fits of routers and columns, and repeated passes for few layers at once, come on top.
-    """
-    tokens = settings.windows * settings.length
-    passes = domains * tokens + settings.experts * tokens  # calibrate; compensate
-    if settings.affinity == "perplexity" and settings.grouping == "affinity":
-        passes += domains**2 * settings.affinity_windows * settings.length
-    work = passes * dense_flops
-    if settings.retrain is not None:
-        seen = settings.retrain.router.tokens + settings.retrain.experts.tokens
-        teacher = dense_flops if settings.retrain.objective.loss == "distil" else 0
-        work += seen * (3 * flops + teacher)
-    return work

@@ -100,6 +100,25 @@ class ReconstructSettings:
             f"least {self.experts} domains, ask for at most {len(names)} experts, or {other}"
         )
 
+    def compared_by(self, domains: int) -> AffinityKind | None:
+        """Return what the affinity of so many domains is measured by; None where nobody asks for it.
+
+        Where domains are split it is the scores, whatever `affinity` says: parts are split by the windows
+        that calibrate them, no other text is known to be theirs.
+        """
+        if self.grouping != "affinity" or self.experts == 1:
+            return None
+        return "scores" if domains < self.experts else self.affinity
+
+    def remarks(self, domains: int) -> tuple[str, ...]:
+        """Return what one should be told about so many domains."""
+        if self.affinity == self.compared_by(domains) or self.compared_by(domains) is None:
+            return ()
+        return (
+            f"{domains} domains are split to make {self.experts} experts: their parts are compared by "
+            "scores, not by perplexity, as no other text is known to be a part's",
+        )
+
     def width(self, channels: int) -> int:
         """Return the channels per expert; raises `PomonaError` when there are none."""
         width = round(self.keep * channels)
