@@ -60,7 +60,7 @@ def federate(
     if dry_run:
         from pomona.federate.preview import preview
 
-        told = preview(settings, None if tflops is None else 1e12 * tflops)
+        told = preview(settings, None if tflops is None else 1e12 * tflops, device)
         console.print(str(told))
         return
     assert out is not None

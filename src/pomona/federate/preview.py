@@ -27,6 +27,7 @@ from pomona.federation.strategies import Corrects, Hears, frozen_part
 from pomona.federation.update import ClientState, join, learns, split
 from pomona.models.loading import outline_model
 from pomona.models.lora import narrowed
+from pomona.models.placement import find_device
 from pomona.models.weights import serialized_bytes
 
 
@@ -50,12 +51,16 @@ class _Schedule:
     cohort: int
 
 
-def preview(settings: FederateSettings, rate: float | None = None) -> FederationEstimate:
+def preview(
+    settings: FederateSettings, rate: float | None = None, device: str = "auto"
+) -> FederationEstimate:
     """Return what `federate` would send, keep, compute and hold; nothing is written.
 
     The clients' rows are read, and of the model its config.json. `rate` is what the machine sustains in
-    FLOPs per second, that of float32 matrix products here if None. Raises `PomonaError` as `federate` does.
+    FLOPs per second, that of `device` in products of the base's dtype if None. Raises `PomonaError` as
+    `federate` does.
     """
+    where = find_device(device)
     rows = settings.data.load(settings.seed)
     settings.check_clients(list(rows))
     trainers = _trainers(settings, rows)
@@ -87,7 +92,7 @@ def preview(settings: FederateSettings, rate: float | None = None) -> Federation
         memory=_memory(settings, base, messages.state, schedule.cohort, step),
         tokens=schedule.rows * settings.max_length + _rehearsed(settings, schedule.steps),
         checkpointing=settings.checkpointing,
-        rate=rate or matmul_speed(),
+        rate=rate or matmul_speed(where, base.model.dtype),
         stated=rate is not None,
     )
 

@@ -110,7 +110,7 @@ class FederationEstimate:
     def _costs(self) -> list[str]:
         base, adapter, graft = (self.flops[name] for name in ("base", "adapter", "graft"))
         memory = self.memory
-        stated = "the rate given" if self.stated else "float32 matrix products here"
+        stated = "the rate given" if self.stated else "matrix products here"
         return [
             f"{base:,.0f} FLOPs per token of the base, {base + adapter:,.0f} with the adapter, "
             f"{base + adapter + graft:,.0f} with adapter and graft",
