@@ -16,6 +16,7 @@ from pomona.errors import PomonaError
 from pomona.evaluate import on_rows
 from pomona.federation.early_stop import EarlyStop
 from pomona.federation.local import LocalTraining
+from pomona.federation.rehearsal import Rehearsal
 from pomona.federation.settings import Finish
 from pomona.federation.shared_expert import SharedGraft
 from pomona.federation.strategies import (
@@ -328,6 +329,7 @@ def test_memory_and_kept_optimisers_survive_an_interruption(
         fraction=0.6,
         local=LocalTraining(epochs=1, batch=2, keep_optimiser=True),
         personal=LoRA(2, 4.0, ("o_proj",)),
+        rehearsal=Rehearsal(texts=4, length=8, top=8),
         finish=Finish(2, LocalTraining(steps=1), newcomers_only=False),
     )
     run(rich, tmp_path / "whole")
@@ -337,6 +339,21 @@ def test_memory_and_kept_optimisers_survive_an_interruption(
     whole, cut = files_of(tmp_path / "whole"), files_of(tmp_path / "cut")
     assert whole.keys() == cut.keys()
     assert [name for name in whole if whole[name] != cut[name]] == []
+
+
+def test_what_is_rehearsed_is_the_same_with_checkpointing(settings, tmp_path):
+    """Activations are computed again in training, and the base still says its texts with a cache."""
+    said = replace(settings, rehearsal=Rehearsal(5.0, texts=4, length=8, top=8))
+    losses = [
+        run(replace(s, name=name), tmp_path / name)["personal"]["mean"]["loss"]
+        for name, s in (
+            ("plain", settings),
+            ("said", said),
+            ("again", replace(said, checkpointing=True)),
+        )
+    ]
+    assert losses[1] != losses[0]
+    assert losses[2] == pytest.approx(losses[1], rel=1e-5)
 
 
 @pytest.mark.parametrize(
