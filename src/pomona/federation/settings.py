@@ -148,7 +148,9 @@ class FederateSettings:
         """Raise `PomonaError` when somebody trains after the last round and has nothing to train."""
         finish, strategy = self.finishing, self.strategy
         private = self.graft or self.personal or strategy.shares != "adapter"
-        if finish is not None and not finish.adapter and not private:
+        if finish is None or finish.adapter or private:
+            return
+        if self.newcomers or self.only_finishes or not finish.newcomers_only:
             raise PomonaError(
                 "who trains after the last round (newcomers, finish, or everybody with rounds = 0) has nothing "
                 "of its own to train; add [graft] or [personal], or set finish.adapter"
