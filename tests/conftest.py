@@ -1,6 +1,7 @@
 """Where tests find real models and data, and how many threads they use."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,11 @@ def word_text(seed: int, words: int) -> str:
     generator = torch.Generator().manual_seed(seed)
     index = torch.randint(len(WORDS), (words,), generator=generator).tolist()
     return " ".join(WORDS[i] for i in index)
+
+
+def now_and_then(often: Sequence, rarely: Sequence) -> list:
+    """Values to parametrise with; the second ones only where slow tests run too."""
+    return [*often, *(pytest.param(value, marks=pytest.mark.slow) for value in rarely)]
 
 
 def save_tokenizer(folder: Path) -> int:

@@ -14,6 +14,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from conftest import now_and_then
 from safetensors.torch import load_file, save
 from transformers import AutoModelForCausalLM
 
@@ -206,7 +207,7 @@ def stopped_after(
             yield
 
 
-@pytest.mark.parametrize("writes", [1, 2, 5, 6, 7, 11, 14, 20, 22, 24])
+@pytest.mark.parametrize("writes", now_and_then([1, 6, 11, 22], [2, 5, 7, 14, 20, 24]))
 def test_interrupted_after_any_write_and_resumed_equals_uninterrupted(
     settings, tmp_path, monkeypatch, writes
 ):
@@ -220,14 +221,14 @@ def test_interrupted_after_any_write_and_resumed_equals_uninterrupted(
 def test_killed_and_started_again_with_the_same_command(settings, tmp_path, capfd):
     """SIGKILL at several instants of a real process; the last start runs to its end."""
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text(dump(replace(settings, rounds=12)), encoding="utf-8")
+    recipe.write_text(dump(replace(settings, rounds=8)), encoding="utf-8")
 
     def start(out: Path) -> subprocess.Popen:
         command = [sys.executable, "-m", "pomona", "federate", str(recipe), "--out", str(out)]
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
     cut = tmp_path / "run"
-    for rounds in (1, 4, 9):
+    for rounds in (1, 5):
         process = start(cut)
         state = cut / "checkpoint/state.json"
         for _ in range(1200):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import now_and_then
 from safetensors.torch import load_file, save, save_file
 from test_federate import WRITES, Stopped, files_of, run, stopped_after
 
@@ -319,7 +320,7 @@ def test_an_early_stop_survives_an_interruption(settings, tmp_path, monkeypatch)
     assert [name for name in whole if whole[name] != cut[name]] == []
 
 
-@pytest.mark.parametrize("writes", [3, 7, 12, 17])
+@pytest.mark.parametrize("writes", now_and_then([7, 17], [3, 12]))
 def test_memory_and_kept_optimisers_survive_an_interruption(
     settings, tmp_path, monkeypatch, writes
 ):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -40,13 +41,42 @@ runpy.run_path({str(CONVERTER / "convert_hf_to_gguf.py")!r}, run_name="__main__"
 """
 
 
-@pytest.fixture(params=CASES)
-def made(request, tmp_path):
+@pytest.fixture(scope="module")
+def containers(tmp_path_factory):
     """A reconstructed checkpoint of every container; its dense kind and experts beside it."""
-    kind, config, settings = CASES[request.param]
-    dense = save_model(tmp_path / "dense", kind, intermediate_size=64, **config)
-    how = ReconstructSettings(**{"experts": 4, "keep": 0.25, **SMALL, **settings})
-    return reconstruct(dense, DOMAINS, tmp_path / "out", how).out, kind, how.experts
+    made = {}
+    for case, (kind, config, settings) in CASES.items():
+        folder = tmp_path_factory.mktemp("container")
+        dense = save_model(folder / "dense", kind, intermediate_size=64, **config)
+        how = ReconstructSettings(**{"experts": 4, "keep": 0.25, **SMALL, **settings})
+        made[case] = reconstruct(dense, DOMAINS, folder / "out", how).out, kind, how.experts
+    return made
+
+
+@pytest.fixture(params=CASES)
+def made(request, containers, tmp_path):
+    """A copy of one of them."""
+    out, kind, experts = containers[request.param]
+    return shutil.copytree(out, tmp_path / "out"), kind, experts
+
+
+@pytest.fixture(scope="module")
+def logits_elsewhere(containers, tmp_path_factory):
+    """What every container answers in a process that cannot import Pomona."""
+    answers = tmp_path_factory.mktemp("logits") / "logits"
+    script = f"""
+import sys; sys.modules["pomona"] = None
+import torch; from transformers import AutoModelForCausalLM
+tokens = torch.arange(60).view(2, 30) + 3
+found = {{}}
+for case, out in {[(case, str(out)) for case, (out, _, _) in containers.items()]!r}:
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    with torch.no_grad():
+        found[case] = model(tokens).logits
+torch.save(found, {str(answers)!r})
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    return torch.load(answers)
 
 
 def test_names_and_shapes_on_disk_are_those_that_transformers_writes(made, tmp_path):
@@ -64,20 +94,12 @@ def test_names_and_shapes_on_disk_are_those_that_transformers_writes(made, tmp_p
     assert fields[0].keys() <= known | fields[1].keys()
 
 
-def test_a_process_without_pomona_gives_the_same_logits(made, tmp_path):
-    out, _, _ = made
-    script = f"""
-import sys; sys.modules["pomona"] = None
-import torch; from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained({str(out)!r}, dtype=torch.float32)
-tokens = torch.arange(60).view(2, 30) + 3
-with torch.no_grad():
-    torch.save(model(tokens).logits, {str(tmp_path / "logits")!r})
-"""
-    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+@pytest.mark.parametrize("case", CASES)
+def test_a_process_without_pomona_gives_the_same_logits(containers, logits_elsewhere, case):
+    out, _, _ = containers[case]
     with torch.no_grad():
         logits = load_model(out, "float32")(torch.arange(60).view(2, 30) + 3).logits
-    torch.testing.assert_close(torch.load(tmp_path / "logits"), logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits_elsewhere[case], logits, rtol=0, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
