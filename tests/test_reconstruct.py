@@ -153,7 +153,7 @@ def test_every_domain_is_encoded_once(dense_dir, tmp_path, monkeypatch):
         seen.append(list(texts))
         return encode_texts(texts, tokenizer)
 
-    monkeypatch.setattr("pomona.reconstruct.encode_texts", told)
+    monkeypatch.setattr("pomona.reconstruction.windows.encode_texts", told)
     assert SMALL.affinity == "perplexity"
     reconstruct(dense_dir, DOMAINS, tmp_path / "out", SMALL)
     assert seen == list(DOMAINS.values())

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from pomona.artifacts.mixture import write_mixture, write_retrained
 from pomona.artifacts.reconstruction_records import read_records
 from pomona.artifacts.workspace import Workspace
-from pomona.data.texts import consecutive_windows, digest, encode_texts, sample_windows
+from pomona.data.texts import consecutive_windows, digest
 from pomona.errors import PomonaError
 from pomona.files import cannot_write
 from pomona.models.dense import container_of, dense_family
@@ -42,19 +41,12 @@ from pomona.reconstruction.result import Reconstruction
 from pomona.reconstruction.retraining import Retraining, StageState, retrain
 from pomona.reconstruction.scores import score_layers
 from pomona.reconstruction.settings import ReconstructSettings
+from pomona.reconstruction.windows import Windows, draw_windows, equal_shares
 from pomona.shapes import Tokens
 
 __all__ = ["Estimate", "ReconstructSettings", "Reconstruction", "preview", "reconstruct"]
 
 _HERE = Placement()
-
-
-@dataclass(frozen=True)
-class _Windows:
-    """Every domain's windows [B, T]: those that calibrate, others that measure pruned models."""
-
-    calibration: Mapping[str, Tokens]
-    affinity: Mapping[str, Tokens]
 
 
 @dataclass(frozen=True)
@@ -188,14 +180,14 @@ def _assemble(
         freeze(base)
         dense = dense_model(base, family, checkpoint)
         width = settings.width(dense.channels)
-        windows = _draw(checkpoint.folder, domains, settings)
+        windows = draw_windows(checkpoint.folder, domains, settings)
         calibration = _calibrate(dense, windows.calibration, settings, progress)
         kept = width + settings.planner.shared_channels(dense.channels, settings.experts, width)
         groups = _group(calibration, windows, kept, settings, progress)
         plan = settings.planner(
             calibration, groups.names, settings.score, width, settings.active, settings.seed
         )
-        shares = [_share(calibration.windows, group) for group in plan.groups]
+        shares = [equal_shares(calibration.windows, group) for group in plan.groups]
         at_once = placement.at_once(len(dense.ffns))
         experts = layer_experts(dense, shares, plan, settings, at_once, progress)
         return write_mixture(
@@ -209,23 +201,6 @@ def _assemble(
             settings,
             placement.shard_bytes,
         )
-
-
-def _draw(
-    folder: Path, domains: Mapping[str, Sequence[str]], settings: ReconstructSettings
-) -> _Windows:
-    """Draw every domain's windows; one domain's tokens are in memory at a time."""
-    tokenizer = load_tokenizer(folder)
-    counts = {"calibration": settings.windows}
-    if settings.compared_by(len(domains)) == "perplexity":
-        counts["affinity"] = settings.affinity_windows
-    drawn: dict[str, dict[str, Tokens]] = {"calibration": {}, "affinity": {}}
-    for name, texts in domains.items():
-        documents = encode_texts(texts, tokenizer)
-        for purpose, count in counts.items():
-            seed = f"{settings.seed}/{purpose}"
-            drawn[purpose][name] = sample_windows(documents, count, settings.length, seed, name)
-    return _Windows(**drawn)
 
 
 def _calibrate(
@@ -251,7 +226,7 @@ def _calibrate(
 
 def _group(
     calibration: Calibration,
-    windows: _Windows,
+    windows: Windows,
     kept: int,
     settings: ReconstructSettings,
     progress: Progress,
@@ -280,15 +255,6 @@ def _group(
         )
     clusters = cluster(affinity, settings.experts, settings.linkage)
     return _Groups(clusters.groups, affinity, clusters)
-
-
-def _share(windows: Mapping[str, Tensor], group: Sequence[str]) -> Tensor:
-    """Give every domain of a group an equal share of the group's windows (DIVE, section 3.2).
-
-    The domains take turns, so that whoever reads only the first windows sees all of them.
-    """
-    each = max(1, min(len(windows[domain]) for domain in group) // len(group))
-    return torch.stack([windows[domain][:each] for domain in group], dim=1).flatten(0, 1)
 
 
 def _check_out(out: Path) -> None:
