@@ -11,6 +11,7 @@ from pomona.federation.graft import Graft, measure_gates, selected_experts
 from pomona.federation.private_expert import gate_value
 from pomona.federation.update import ClientState, stack
 from pomona.models.experts import enable_checkpointing
+from pomona.models.split import Even
 
 
 def twin(site, graft, x, index, weight, tensors):
@@ -258,6 +259,7 @@ def test_graft_tensors_say_which_expert_and_how_open():
     site = base.sites[0]
     row = site.router_row(1)
     assert torch.equal(state.graft[f"{site.name}.gate"], row)
-    x = torch.randn(1, 6, 32)
+    x_ND = torch.randn(6, 32)
     own = {"gate": row.unsqueeze(0)}
-    torch.testing.assert_close(gate_value(x, own)[0], torch.sigmoid(x[0] @ row))
+    found_N = gate_value(x_ND, own, Even(6, 1, x_ND.device))
+    torch.testing.assert_close(found_N, torch.sigmoid(x_ND @ row))

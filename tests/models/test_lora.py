@@ -87,6 +87,8 @@ def test_fresh_lora_changes_nothing_and_is_a_function_of_its_seed():
 def test_a_target_the_model_lacks_is_named():
     with pytest.raises(PomonaError, match=r'"w_pack" is no linear layer .* called .*q_proj'):
         find_projections(llama(), LoRA(targets=("q_proj", "w_pack")))
+    with pytest.raises(PomonaError, match='target "lm_head" is the output embedding'):
+        find_projections(llama(), LoRA(targets=("q_proj", "lm_head")))
     with pytest.raises(PomonaError, match="rank 0"):
         LoRA(rank=0)
 

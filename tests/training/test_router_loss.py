@@ -21,6 +21,7 @@ from pomona.federation.strategies import FedAvg
 from pomona.federation.update import ClientState, stack
 from pomona.models.experts import find_expert_sites
 from pomona.models.routing import routed_by
+from pomona.models.split import Even
 from pomona.recipe import dump, read_recipe
 from pomona.training.loop import AdamW
 from pomona.training.loss import balance_losses, balance_weight
@@ -44,7 +45,8 @@ def test_every_clients_loss_is_the_models_own_on_its_rows_alone(family):
     assert not batch.attention_mask_BT.all()
     with routed_by(sites) as routed, torch.no_grad():
         model(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False)
-    found_C = balance_losses(routed, batch.attention_mask_BT.bool(), 3)
+    counted_N = batch.attention_mask_BT.bool().flatten()
+    found_C = balance_losses(routed, counted_N, even(len(counted_N), 3))
     for c in range(3):
         own = slice(2 * c, 2 * c + 2)
         with torch.no_grad():
@@ -66,7 +68,7 @@ def test_on_logits_it_is_the_function_of_transformers():
         mask_BT = torch.rand(6, 4, generator=generator) < 0.6
         mask_BT[4:] = False
         routed = [(layer, layer.topk(2).indices) for layer in logits]
-        found_C = balance_losses(routed, mask_BT, 3)
+        found_C = balance_losses(routed, mask_BT.flatten(), even(24, 3))
         assert found_C[2] == 0
         for c in range(2):
             own = tuple(layer[8 * c : 8 * c + 8] for layer in logits)
@@ -77,11 +79,15 @@ def test_on_logits_it_is_the_function_of_transformers():
 def test_tokens_that_go_everywhere_alike_cost_the_number_of_active_experts():
     logits = 1e-4 * torch.eye(4).repeat(5, 1)
     routed = [(logits, logits.topk(1).indices)]
-    found_C = balance_losses(routed, torch.ones(2, 10, dtype=torch.bool), 1)
+    found_C = balance_losses(routed, torch.ones(20, dtype=torch.bool), even(20, 1))
     assert float(found_C) == pytest.approx(1.0)
     crowded = [(torch.tensor([[50.0, 0, 0, 0]]).repeat(20, 1), routed[0][1])]
-    found_C = balance_losses(crowded, torch.ones(2, 10, dtype=torch.bool), 1)
+    found_C = balance_losses(crowded, torch.ones(20, dtype=torch.bool), even(20, 1))
     assert float(found_C) == pytest.approx(4.0)
+
+
+def even(tokens: int, clients: int) -> Even:
+    return Even(tokens, clients, torch.device("cpu"))
 
 
 def leaves(state: ClientState) -> ClientState:

@@ -1,6 +1,6 @@
 """C clients on one frozen model: what is trained together and hooked on together."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,14 +13,19 @@ from pomona.federation.shared_expert import SharedExpert, lora_part
 from pomona.federation.update import ClientState, stack
 from pomona.models.attachment import Attachment, join_attachments
 from pomona.models.experts import ExpertSite
-from pomona.models.lora import LoRA, attach_lora, init_lora
+from pomona.models.lora import LoRA, attach_loras, init_lora
+from pomona.models.packing import follow
 from pomona.models.placement import device_of
+from pomona.models.split import Present
 from pomona.seeds import torch_generator
 
 
 @dataclass(frozen=True)
 class FrozenBase:
-    """The frozen base with the rules by which clients' parameters hang on it."""
+    """The frozen base with the rules by which clients' parameters hang on it.
+
+    With `packs` clients' rows are computed packed (`models.packing`), else padded side by side.
+    """
 
     model: PreTrainedModel = field(repr=False)
     lora: LoRA
@@ -29,6 +34,7 @@ class FrozenBase:
     personal: LoRA | None = None
     shared_expert: SharedExpert | None = None
     rehearsed: Rehearsed | None = field(default=None, repr=False)
+    packs: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -61,15 +67,18 @@ class FrozenBase:
     def attach(self, state: ClientState) -> Attachment:
         """Hook a cohort's stacked state [C, …] onto the model; any part may be empty."""
         state = state.to(self.device)
-        parts: list[Attachment] = []
+        present = Present()
+        parts = [follow(self.model, present)]
+        adapters: list[tuple[LoRA, Mapping[str, Tensor]]] = []
         if state.adapter:
-            parts.append(attach_lora(self.model, self.lora, lora_part(state.adapter)))
-        if state.adapter and self.shared_expert is not None:
-            parts.append(self.shared_expert.attach(self.sites, state.adapter))
+            adapters.append((self.lora, lora_part(state.adapter)))
         if state.personal and self.personal is not None:
-            parts.append(attach_lora(self.model, self.personal, state.personal))
+            adapters.append((self.personal, state.personal))
+        parts.append(attach_loras(self.model, adapters, present))
+        if state.adapter and self.shared_expert is not None:
+            parts.append(self.shared_expert.attach(self.sites, state.adapter, present))
         if state.graft and self.graft is not None:
-            parts.append(attach_graft(self.sites, self.graft, state.graft))
+            parts.append(attach_graft(self.sites, self.graft, state.graft, present))
         return join_attachments(parts)
 
     def attach_one(self, state: ClientState) -> Attachment:

@@ -25,6 +25,7 @@ from pomona.models.attachment import Attachment
 from pomona.models.experts import ExpertSite
 from pomona.models.lora import low_rank_pair
 from pomona.models.routing import experts_call
+from pomona.models.split import Present
 
 GraftForm = Literal["delta", "copy"]
 GraftGate = Literal["router", "zero", "none", "resident"]
@@ -104,7 +105,8 @@ def choose_experts(
     than it was asked for.
     """
     check_count(sites, graft)
-    chosen = graft.selection(model, sites, batches, seed, graft.count)
+    found = graft.selection(model, sites, batches, seed, graft.count)
+    chosen = [[int(expert) for expert in own] for own in found]
     for site, own in zip(sites, chosen, strict=True):
         if len(set(own)) != graft.count or not all(0 <= e < site.num_experts for e in own):
             raise PomonaError(
@@ -190,9 +192,12 @@ def _sizes(site: ExpertSite) -> dict[str, tuple[int, int]]:
 
 
 def attach_graft(
-    sites: Sequence[ExpertSite], graft: Graft, tensors: Mapping[str, Tensor]
+    sites: Sequence[ExpertSite],
+    graft: Graft,
+    tensors: Mapping[str, Tensor],
+    present: Present | None = None,
 ) -> Attachment:
-    """Hook stacked grafts [C, …] onto their sites; rows of a batch are client-major.
+    """Hook stacked grafts [C, …] onto their sites; tokens are client-major, as `present` tells.
 
     The hook sits on the fused experts module, whose signature is the same in every family, so that
     no parameter is renamed and `save_pretrained`, `generate` and activation checkpointing go on
@@ -200,7 +205,7 @@ def attach_graft(
     """
     handles = [
         site.experts.register_forward_hook(
-            _adding(_private_experts(site, graft, tensors)), with_kwargs=True
+            _adding(_private_experts(site, graft, tensors), present or Present()), with_kwargs=True
         )
         for site in sites
     ]
@@ -220,13 +225,16 @@ def _private_experts(
     return made
 
 
-def _adding(grown: Sequence[PrivateExpert]) -> Callable[..., Tensor]:
+def _adding(grown: Sequence[PrivateExpert], present: Present) -> Callable[..., Tensor]:
+    clients = len(grown[0].residents)
+
     def hook(
         _module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
     ) -> Tensor:
         call = experts_call(args, kwargs)
-        added_CSD = reduce(torch.add, [expert(*call) for expert in grown])
-        return output + added_CSD.reshape(output.shape).to(output.dtype)
+        split = present.of(call[0], clients)
+        added_ND = reduce(torch.add, [expert(*call, split) for expert in grown])
+        return output + added_ND.reshape(output.shape).to(output.dtype)
 
     return hook
 
@@ -251,14 +259,16 @@ def measure_gates(
     one client's, without a client dimension. The list fills as layers run.
     """
     openness: list[float] = []
-    alone = {name: value.unsqueeze(0) for name, value in tensors.items()}
+    stacked = {name: value.unsqueeze(0) for name, value in tensors.items()}
 
     def hook_of(site: ExpertSite) -> Callable[..., None]:
-        grown = _private_experts(site, graft, alone)
+        grown = _private_experts(site, graft, stacked)
 
         def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            call = [value[mask_N] for value in experts_call(args, kwargs)]
-            openness.append(sum(float(e.openness(*call).mean()) for e in grown) / len(grown))
+            x_ND, index_NK, weight_NK = (value[mask_N] for value in experts_call(args, kwargs))
+            alone = Present().of(x_ND, 1)
+            open_N = [expert.openness(x_ND, index_NK, weight_NK, alone) for expert in grown]
+            openness.append(sum(float(each.mean()) for each in open_N) / len(grown))
 
         return hook
 

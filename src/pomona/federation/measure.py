@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -26,6 +25,7 @@ from pomona.federation.cohort import FrozenBase
 from pomona.federation.graft import measure_gates
 from pomona.federation.update import ClientState, Update
 from pomona.models.routing import count_routing
+from pomona.models.weights import serialized_bytes
 from pomona.shapes import AttentionMask, TokenMask
 
 
@@ -212,10 +212,8 @@ def communication(
 
 
 def message_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Return the length of tensors as a message."""
-    if not tensors:
-        return 0
-    return len(save({name: value.detach().contiguous() for name, value in tensors.items()}))
+    """Return the length of tensors as a message, which their names, types and shapes decide."""
+    return serialized_bytes(tensors) if tensors else 0
 
 
 def _gates(

@@ -1,4 +1,4 @@
-"""What the rows of a cohort's step cost each client: answers, and the balance of the router."""
+"""What a cohort's step costs each client: answers, the balance of the router, what is rehearsed."""
 
 from collections.abc import Sequence
 
@@ -6,11 +6,14 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from pomona.data.examples import Batch, Example, collate
+from pomona.data.examples import Batch, Example, collate, pack
 from pomona.federation.cohort import FrozenBase
-from pomona.models.routing import routed_by
+from pomona.models.logits import packed_logits
+from pomona.models.packing import packing_of
+from pomona.models.routing import Routed, routed_by
+from pomona.models.split import Even, Split
 from pomona.shapes import PerClient
-from pomona.training.loss import balance_losses, completion_losses
+from pomona.training.loss import answer_means, balance_losses, completion_losses
 
 
 def client_losses(
@@ -19,12 +22,70 @@ def client_losses(
     clients: int,
     pad_id: int,
     router_loss: float = 0.0,
+    texts: Sequence[Sequence[int]] = (),
 ) -> PerClient:
     """Return each client's nats per answer token [C] on its rows of a step.
 
     `rows` are shared out among `clients` in their order: all who have rows, or every row a client of its own.
-    `router_loss` times the load-balancing loss is in the gradient, and not in the loss that is told.
+    `router_loss` times the load-balancing loss is in the gradient, and so is what is rehearsed of each client's
+    `texts`; neither is in the loss that is told.
     """
+    if base.packs:
+        return packed_losses(base, rows, clients, router_loss, texts)
+    return padded_losses(base, rows, clients, pad_id, router_loss, texts)
+
+
+def packed_losses(
+    base: FrozenBase,
+    rows: Sequence[Sequence[Example]],
+    clients: int,
+    router_loss: float,
+    texts: Sequence[Sequence[int]],
+) -> PerClient:
+    """Return what `client_losses` does, of all rows and texts in one pass of real tokens only."""
+    own, said = _shared_out(rows, clients), base.rehearsed if texts else None
+    more = [said.examples(each) for each in texts] if said else [[] for _ in own]
+    packed = pack([[*rows, *texts] for rows, texts in zip(own, more, strict=True)]).to(base.device)
+    packing = packing_of(packed.lengths, base.device)
+    split, label_N = packing.split, packed.label_N
+    text_N = _of_texts(list(map(len, own)), packed.lengths).to(base.device)
+    with routed_by(base.sites if router_loss else ()) as routed:
+        logits_ZV = packed_logits(base.model, packed.input_ids_N, label_N, packing)
+    text_Z, answer_N = text_N[label_N], label_N & ~text_N
+    loss_C = answer_means(
+        logits_ZV[~text_Z], packed.input_ids_N[answer_N], split.client_N[answer_N], clients
+    )
+    loss_C = _balanced(loss_C, routed, ~text_N, split, router_loss)
+    if said is None:
+        return loss_C
+    logits_XPV = logits_ZV[text_Z].unflatten(0, (sum(map(len, texts)), -1))
+    return _in_gradient(loss_C, said.losses_of(logits_XPV, texts))
+
+
+def _shared_out(rows: Sequence[Sequence[Example]], clients: int) -> list[list[Example]]:
+    """Return every client's rows; where each row is a client, those that are missing have none."""
+    if clients == len(rows):
+        return [list(own) for own in rows]
+    size = clients // len(rows)
+    return [list(own[k : k + 1]) for own in rows for k in range(size)]
+
+
+def _of_texts(rows: Sequence[int], lengths: Sequence[Sequence[int]]) -> Bool[Tensor, " N"]:
+    """Tell the tokens of texts, which follow each client's so many rows."""
+    texts = [k >= count for count, own in zip(rows, lengths, strict=True) for k in range(len(own))]
+    flat = [length for own in lengths for length in own]
+    return torch.tensor(texts).repeat_interleave(torch.tensor(flat))
+
+
+def padded_losses(
+    base: FrozenBase,
+    rows: Sequence[Sequence[Example]],
+    clients: int,
+    pad_id: int,
+    router_loss: float,
+    texts: Sequence[Sequence[int]],
+) -> PerClient:
+    """Return what `client_losses` does, of rows padded to the longest and texts in a pass of their own."""
     batch, real_B = _fill(rows, pad_id, base.device)
     with routed_by(base.sites if router_loss else ()) as routed:
         loss_C = completion_losses(
@@ -34,11 +95,29 @@ def client_losses(
             batch.label_mask_BT,
             clients,
         )
+    counted_N = (batch.attention_mask_BT.bool() & real_B.unsqueeze(1)).flatten()
+    split = Even(len(counted_N), clients, base.device)
+    loss_C = _balanced(loss_C, routed, counted_N, split, router_loss)
+    if base.rehearsed is None or not texts:
+        return loss_C
+    return _in_gradient(loss_C, base.rehearsed.losses(base.model, texts))
+
+
+def _balanced(
+    loss_C: PerClient,
+    routed: Sequence[Routed],
+    counted_N: Bool[Tensor, " N"],
+    split: Split,
+    router_loss: float,
+) -> PerClient:
     if not routed:
         return loss_C
-    counted_BT = batch.attention_mask_BT.bool() & real_B.unsqueeze(1)
-    balance_C = router_loss * balance_losses(routed, counted_BT, clients)
-    return loss_C + (balance_C - balance_C.detach())
+    return _in_gradient(loss_C, router_loss * balance_losses(routed, counted_N, split))
+
+
+def _in_gradient(loss_C: PerClient, more_C: PerClient) -> PerClient:
+    """Return losses of the same value whose gradient has that of `more_C` too."""
+    return loss_C + (more_C - more_C.detach())
 
 
 def _fill(

@@ -5,16 +5,15 @@ they lie and nothing is copied. With nothing trained yet its activation is the r
 and the delta form's output is exactly zero.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as fn
 
 from pomona.models.experts import ExpertSite
-from pomona.models.lora import low_rank
+from pomona.models.split import Split
 from pomona.shapes import Hidden, Routing, RoutingWeight
 
 
@@ -35,99 +34,93 @@ class PrivateExpert:
     scaling: float
 
     def __call__(
-        self, x_ND: Hidden, index_NK: Routing, weight_NK: RoutingWeight
-    ) -> Float[Tensor, "C S D"]:
-        """Return what is added to the layer's output; rows are client-major."""
-        weight_CS = self.openness(x_ND, index_NK, weight_NK)
-        return weight_CS.unsqueeze(2) * self.output(self._per_client(x_ND))
+        self, x_ND: Hidden, index_NK: Routing, weight_NK: RoutingWeight, split: Split
+    ) -> Hidden:
+        """Return what is added to the layer's output; `split` tells whose token is whose."""
+        weight_N = self.openness(x_ND, index_NK, weight_NK, split)
+        return weight_N.unsqueeze(1) * self.output(x_ND, split)
 
     def openness(
-        self, x_ND: Hidden, index_NK: Routing, weight_NK: RoutingWeight
-    ) -> Float[Tensor, "C S"]:
+        self, x_ND: Hidden, index_NK: Routing, weight_NK: RoutingWeight, split: Split
+    ) -> Float[Tensor, " N"]:
         """Return every token's weight for its client's private expert."""
-        x_CSD = self._per_client(x_ND)
         if self.gate == "none":
-            return x_CSD.new_ones(x_CSD.shape[:2], dtype=self._dtype)
+            return x_ND.new_ones(len(x_ND), dtype=self._dtype)
         if self.gate == "resident":
-            return self._router_weight(self._per_client(index_NK), self._per_client(weight_NK))
-        return gate_value(x_CSD, self.tensors)
+            return self._router_weight(index_NK, weight_NK, split)
+        return gate_value(x_ND, self.tensors, split)
 
-    def output(self, x_CSD: Float[Tensor, "C S D"]) -> Float[Tensor, "C S D"]:
-        """Return E_p(x) or, for the delta form, E_p(x) − E_e(x), of every client's own expert.
+    def output(self, x_ND: Hidden, split: Split) -> Hidden:
+        """Return E_p(x) or, for the delta form, E_p(x) − E_e(x), of every token's own private expert.
 
         The delta needs one product with the resident `down` instead of two.
         """
         site = self.site
-        both_CSW = self._through(lambda x, e: torch.cat(site.gate_up(x, e), dim=-1), x_CSD)
+        both_NW = self._through(lambda x, e: torch.cat(site.gate_up(x, e), dim=-1), x_ND, split)
         # Both activations in float32, as what is trained, or a bfloat16 base would round only one.
-        gate_CSW, up_CSW = both_CSW.to(self._dtype).chunk(2, dim=-1)
-        own_CSW = site.activate(
-            gate_CSW + self._trained(x_CSD, "gate"), up_CSW + self._trained(x_CSD, "up")
+        gate_NW, up_NW = both_NW.to(self._dtype).chunk(2, dim=-1)
+        more_gate_NW, more_up_NW = self._trained(x_ND, ("gate", "up"), split)
+        own_NW = site.activate(gate_NW + more_gate_NW, up_NW + more_up_NW)
+        through_NW = own_NW - site.activate(gate_NW, up_NW) if self.delta else own_NW
+        down_ND = self._through(
+            lambda h, e: site.down(h.to(x_ND.dtype), e, bias=not self.delta), through_NW, split
         )
-        through_CSW = own_CSW - site.activate(gate_CSW, up_CSW) if self.delta else own_CSW
-        down_CSD = self._through(
-            lambda h, e: site.down(h.to(x_CSD.dtype), e, bias=not self.delta), through_CSW
-        )
-        return down_CSD + self._trained(own_CSW, "down")
+        (more_ND,) = self._trained(own_NW, ("down",), split)
+        return down_ND + more_ND
 
     @property
     def _dtype(self) -> torch.dtype:
         return next(value.dtype for value in self.tensors.values() if value.is_floating_point())
 
-    def _per_client(self, value_NX: Tensor) -> Tensor:
-        return value_NX.reshape(len(self.residents), -1, value_NX.shape[-1])
-
-    def _router_weight(self, index_CSK: Tensor, weight_CSK: Tensor) -> Float[Tensor, "C S"]:
+    def _router_weight(
+        self, index_NK: Tensor, weight_NK: Tensor, split: Split
+    ) -> Float[Tensor, " N"]:
         """The router's weight where a token is routed to the resident expert, zero elsewhere."""
-        own_C11 = torch.tensor(self.residents, device=index_CSK.device).view(-1, 1, 1)
-        weight_CSK = weight_CSK.to(self._dtype)
-        return torch.where(index_CSK == own_C11, weight_CSK, 0.0).sum(dim=2)
+        own_C = torch.tensor(self.residents, device=index_NK.device)
+        own_N1 = own_C[split.client_N].unsqueeze(1)
+        return torch.where(index_NK == own_N1, weight_NK.to(self._dtype), 0.0).sum(dim=1)
 
-    def _trained(self, x_CSI: Tensor, part: str) -> Float[Tensor, "C S O"]:
-        """Return what training adds to one projection: scaling · B · A · x, or Δ · x + Δb."""
-        if f"{part}.delta" in self.tensors:
-            return _dense(
-                x_CSI, self.tensors[f"{part}.delta"], self.tensors.get(f"{part}.delta_bias")
-            )
-        pair = self.tensors[f"{part}.lora_A"], self.tensors[f"{part}.lora_B"]
-        return low_rank(x_CSI, *pair) * self.scaling
+    def _trained(self, x_NI: Tensor, parts: Sequence[str], split: Split) -> Sequence[Tensor]:
+        """Return what training adds to projections of the same input: scaling · B · A · x, or Δ · x + Δb."""
+        x_NI = x_NI.to(self._dtype)
+        if f"{parts[0]}.delta" in self.tensors:
+            return [self._dense(x_NI, part, split) for part in parts]
+        a_CRI = torch.cat([self.tensors[f"{part}.lora_A"] for part in parts], dim=1)
+        into_NR = split.product(x_NI, a_CRI.mT) * self.scaling
+        return [
+            split.product(into, self.tensors[f"{part}.lora_B"].mT)
+            for part, into in zip(parts, into_NR.chunk(len(parts), dim=1), strict=True)
+        ]
 
-    def _through(self, expert: Callable[[Tensor, int], Tensor], x_CSI: Tensor) -> Tensor:
+    def _dense(self, x_NI: Tensor, part: str, split: Split) -> Tensor:
+        change_NO = split.product(x_NI, self.tensors[f"{part}.delta"].mT)
+        bias_CO = self.tensors.get(f"{part}.delta_bias")
+        return change_NO if bias_CO is None else change_NO + bias_CO[split.client_N]
+
+    def _through(
+        self, expert: Callable[[Tensor, int], Tensor], x_NI: Tensor, split: Split
+    ) -> Tensor:
         """Send each client's tokens through its own resident expert, one product per expert in use.
 
         Clients with the same expert share a product, and no weight is gathered or copied.
         """
         distinct = sorted(set(self.residents))
         if len(distinct) == 1:
-            return expert(x_CSI.flatten(0, 1), distinct[0]).unflatten(0, x_CSI.shape[:2])
-        clients = [[c for c, e in enumerate(self.residents) if e == one] for one in distinct]
-        outputs = [
-            expert(x_CSI[members].flatten(0, 1), one).unflatten(0, (len(members), x_CSI.shape[1]))
-            for one, members in zip(distinct, clients, strict=True)
-        ]
-        order = [c for group in clients for c in group]
-        place = sorted(range(len(order)), key=order.__getitem__)
-        return torch.cat(outputs)[place]
+            return expert(x_NI, distinct[0])
+        own = x_NI.split(list(split.sizes))
+        outputs: dict[int, Tensor] = {}
+        for one in distinct:
+            members = [c for c, resident in enumerate(self.residents) if resident == one]
+            together = expert(torch.cat([own[c] for c in members]), one)
+            parts = together.split([len(own[c]) for c in members])
+            outputs |= dict(zip(members, parts, strict=True))
+        return torch.cat([outputs[c] for c in range(len(own))])
 
 
-def gate_value(
-    x_CSD: Float[Tensor, "C S D"], tensors: Mapping[str, Tensor]
-) -> Float[Tensor, "C S"]:
+def gate_value(x_ND: Hidden, tensors: Mapping[str, Tensor], split: Split) -> Float[Tensor, " N"]:
     """Return σ(⟨w, x⟩ + b) of every token, for one private expert's tensors [C, …]."""
     gate_CD = tensors["gate"]
-    logit_CS = (x_CSD.to(gate_CD.dtype) @ gate_CD.unsqueeze(2)).squeeze(2)
+    logit_N = split.product(x_ND.to(gate_CD.dtype), gate_CD.unsqueeze(2)).squeeze(1)
     if "gate_bias" in tensors:
-        logit_CS = logit_CS + tensors["gate_bias"].unsqueeze(1)
-    return torch.sigmoid(logit_CS)
-
-
-def _dense(
-    x_CSI: Float[Tensor, "C S I"],
-    delta_COI: Float[Tensor, "C O I"],
-    bias_CO: Float[Tensor, "C O"] | None,
-) -> Float[Tensor, "C S O"]:
-    x_CSI = x_CSI.to(delta_COI.dtype)
-    if len(delta_COI) == 1:  # a plain matrix product is faster
-        return fn.linear(x_CSI, delta_COI[0], None if bias_CO is None else bias_CO[0])
-    change_CSO = x_CSI @ delta_COI.mT
-    return change_CSO if bias_CO is None else change_CSO + bias_CO.unsqueeze(1)
+        logit_N = logit_N + tensors["gate_bias"][split.client_N]
+    return torch.sigmoid(logit_N)

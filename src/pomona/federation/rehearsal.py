@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as fn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from pomona.data.examples import Example
 from pomona.errors import PomonaError
 from pomona.models.placement import device_of
 from pomona.seeds import numpy_generator, seed_of
@@ -124,12 +125,22 @@ class Rehearsed:
 
     def losses(self, model: PreTrainedModel, texts: Sequence[Sequence[int]]) -> PerClient:
         """Return weight · KL(base ‖ model) per token [C] on each client's texts, clients one after another."""
-        flat = torch.tensor([text for own in texts for text in own])
-        device = device_of(model)
-        logits = _next_logits(model, self.ids[flat].to(device))
-        found = coarse(logits, self.index[flat].to(device))
-        kl_XP = fn.kl_div(found, self.share[flat].to(device), reduction="none", log_target=True)
-        return self.settings.weight * kl_XP.sum(-1).view(len(texts), -1).mean(1)
+        flat = [text for own in texts for text in own]
+        logits_XPV = _next_logits(model, self.ids[flat].to(device_of(model)))
+        return self.losses_of(logits_XPV, texts)
+
+    def losses_of(
+        self, logits_XPV: Float[Tensor, "X P V"], texts: Sequence[Sequence[int]]
+    ) -> PerClient:
+        """Return weight · KL(base ‖ model) per token [C] where the model has said what comes next."""
+        flat, device = [text for own in texts for text in own], logits_XPV.device
+        found = coarse(logits_XPV.float(), self.index[flat].to(device))
+        kl_XPJ = fn.kl_div(found, self.share[flat].to(device), reduction="none", log_target=True)
+        return self.settings.weight * kl_XPJ.sum(-1).view(len(texts), -1).mean(1)
+
+    def examples(self, texts: Sequence[int]) -> list[Example]:
+        """Return texts as rows of which every token but the first is to be predicted."""
+        return [Example(tuple(ids), 1) for ids in self.ids[list(texts)].tolist()]
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from pomona.federation.graft import (
 from pomona.federation.selection.same import SameExpert
 from pomona.models.attachment import Attachment
 from pomona.models.experts import ExpertSite
+from pomona.models.split import Present
 
 _PREFIX = "shared_expert."
 
@@ -79,12 +80,14 @@ class SharedExpert:
         born = init_graft(sites, self.graft, self.experts, generator)
         return {f"{_PREFIX}{n}": v for n, v in born.items() if not n.endswith(".expert")}
 
-    def attach(self, sites: Sequence[ExpertSite], adapter: Mapping[str, Tensor]) -> Attachment:
+    def attach(
+        self, sites: Sequence[ExpertSite], adapter: Mapping[str, Tensor], present: Present
+    ) -> Attachment:
         """Hook the part of a stacked adapter [C, …] that is the shared expert onto its sites."""
         own = expert_part(adapter)
         clients = len(next(iter(own.values())))
         indices = {n: v.expand(clients) for n, v in self.indices(sites).items()}
-        return attach_graft(sites, self.graft, {**own, **indices})
+        return attach_graft(sites, self.graft, {**own, **indices}, present)
 
     def as_graft(
         self, sites: Sequence[ExpertSite], adapter: Mapping[str, Tensor]

@@ -1,7 +1,6 @@
 """Some steps of a cohort: C clients in one forward and backward pass, one optimiser over all of them."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -114,20 +113,26 @@ class Stage:
         loss_C = self._losses(step) if noise is None else self._noised_losses(step, state, noise)
         if isinstance(self.strategy, Penalises):
             loss_C = loss_C + self.strategy.penalty(shared, anchor)
-        if self.base.rehearsed is not None:
-            kl_C = self._rehearse(self.base.rehearsed, step, state)
-            loss_C = loss_C + (kl_C - kl_C.detach())
+        if noise is not None and self.base.rehearsed is not None:
+            loss_C = self._rehearsing(loss_C, self.base.rehearsed, step, state)
         return _with_gradient(loss_C, shared, correction)
 
-    def _rehearse(self, rehearsed: Rehearsed, step: int, state: ClientState) -> PerClient:
-        """Return what each client's model has come away from the base, on the texts of a step."""
-        with nullcontext() if self.noise is None else self.base.attach(state):
-            return rehearsed.losses(self.base.model, [own[step] for own in self.texts])
+    def _rehearsing(
+        self, loss_C: PerClient, rehearsed: Rehearsed, step: int, state: ClientState
+    ) -> PerClient:
+        """Return losses with the gradient of what each client rehearses; without noise: no row is in it."""
+        leaves = _named_leaves(state)
+        with self.base.attach(state):
+            kl = rehearsed.losses(self.base.model, self._texts(step)).sum()
+            gradients = torch.autograd.grad(kl, list(leaves.values()), materialize_grads=True)
+        return _with_gradient(loss_C, leaves, dict(zip(leaves, gradients, strict=True)))
 
     def _losses(self, step: int) -> PerClient:
-        """Return each client's loss on its rows of a step, client-major [C·b, T]."""
+        """Return each client's loss on its rows of a step, and in its gradient what it rehearses."""
         rows = self._rows(step)
-        return self._losses_of(rows, len(rows))
+        return client_losses(
+            self.base, rows, len(rows), self.pad_id, self.router_loss, self._texts(step)
+        )
 
     def _noised_losses(self, step: int, state: ClientState, noise: RowNoise) -> PerClient:
         """Return the mean over each client's rows of their losses; its gradient is the rows' noised mean."""
@@ -151,7 +156,7 @@ class Stage:
         apart = repeated(state, size)
         copies = _named_leaves(apart)
         with self.base.attach(apart):
-            loss_X = self._losses_of(rows, len(rows) * size)
+            loss_X = client_losses(self.base, rows, len(rows) * size, self.pad_id, self.router_loss)
             gradients = torch.autograd.grad(
                 loss_X.sum(), list(copies.values()), materialize_grads=True
             )
@@ -163,8 +168,8 @@ class Stage:
             for task, own in zip(self.tasks, self.drawn, strict=True)
         ]
 
-    def _losses_of(self, rows: Sequence[Sequence[Example]], clients: int) -> PerClient:
-        return client_losses(self.base, rows, clients, self.pad_id, self.router_loss)
+    def _texts(self, step: int) -> list[Sequence[int]]:
+        return [own[step] for own in self.texts]
 
     def _correction(self, stacked: ClientState) -> dict[str, Tensor]:
         if not isinstance(self.strategy, Corrects):

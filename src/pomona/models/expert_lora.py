@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pomona.models.attachment import Attachment
 from pomona.models.experts import ExpertSite
+from pomona.models.split import Present
 
 PARTS = ("gate_up_proj", "down_proj")
 
@@ -26,20 +27,25 @@ def expert_sizes(site: ExpertSite) -> dict[str, tuple[int, int]]:
 
 
 def attach_expert_lora(
-    sites: Sequence[ExpertSite], scaling: float, tensors: Mapping[str, Tensor]
+    sites: Sequence[ExpertSite],
+    scaling: float,
+    tensors: Mapping[str, Tensor],
+    present: Present,
 ) -> Attachment:
-    """Hook stacked LoRA (`SITE.PART.lora_A`, `.lora_B`) onto every expert; rows are client-major.
+    """Hook stacked LoRA (`SITE.PART.lora_A`, `.lora_B`) onto every expert.
 
     The hook adds Σ_k G_k(x) · (E'(x) − E(x)) over a token's experts, which is zero to the bit while B is.
     """
     handles = [
-        site.experts.register_forward_hook(_hook(site, scaling, tensors), with_kwargs=True)
+        site.experts.register_forward_hook(_hook(site, scaling, tensors, present), with_kwargs=True)
         for site in sites
     ]
     return Attachment(tuple(handles))
 
 
-def _hook(site: ExpertSite, scaling: float, tensors: Mapping[str, Tensor]) -> Callable[..., Tensor]:
+def _hook(
+    site: ExpertSite, scaling: float, tensors: Mapping[str, Tensor], present: Present
+) -> Callable[..., Tensor]:
     pairs = {
         part: tuple(tensors[f"{site.name}.{part}.{factor}"] for factor in ("lora_A", "lora_B"))
         for part in PARTS
@@ -52,14 +58,14 @@ def _hook(site: ExpertSite, scaling: float, tensors: Mapping[str, Tensor]) -> Ca
         names = ("hidden_states", "top_k_index", "top_k_weights")
         given = dict(zip(names, args, strict=False)) | kwargs
         x_ND, chosen_NK, weight_NK = (given[name] for name in names)
-        each = len(x_ND) // clients
+        client_N = present.of(x_ND, clients).client_N
         added_ND = torch.zeros_like(x_ND, dtype=pairs[PARTS[0]][0].dtype)
         for expert in range(site.num_experts):
             token_Z, place_Z = (chosen_NK == expert).nonzero(as_tuple=True)
             if len(token_Z) == 0:
                 continue
             one = {part: (a[:, expert], b[:, expert]) for part, (a, b) in pairs.items()}
-            change_ZD = expert_change(site, expert, scaling, one, x_ND[token_Z], token_Z // each)
+            change_ZD = expert_change(site, expert, scaling, one, x_ND[token_Z], client_N[token_Z])
             weighted_ZD = weight_NK[token_Z, place_Z].unsqueeze(1) * change_ZD
             added_ND = added_ND.index_add(0, token_Z, weighted_ZD.to(added_ND.dtype))
         return output + added_ND.reshape(output.shape).to(output.dtype)

@@ -1,24 +1,23 @@
 """LoRA of C clients on the projections of one frozen model.
 
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022. Every tensor carries the
-client dimension first: A [C, R, in], B [C, out, R]; a real site is C = 1. Rows of a batch are
-client-major: the first B/C rows belong to client 0, and so on. The fused experts of a mixture can
-have it too (`expert_lora`).
+client dimension first: A [C, R, in], B [C, out, R]; a real site is C = 1. Tokens are client-major, and a
+`Split` tells where each client's begin. The fused experts of a mixture can have it too (`expert_lora`).
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as fn
 
 from pomona.errors import PomonaError
 from pomona.models.attachment import Attachment, join_attachments
 from pomona.models.expert_lora import attach_expert_lora, expert_sizes
 from pomona.models.experts import ExpertSite, find_expert_sites
+from pomona.models.split import Present, Split
 
 ATTENTION = ("q_proj", "k_proj", "v_proj")
 
@@ -66,6 +65,13 @@ def find_projections(model: nn.Module, lora: LoRA) -> dict[str, nn.Linear]:
         raise PomonaError(
             f'LoRA target "{missing[0]}" is no linear layer of this {type(model).__name__}; '
             f"its linear layers are called {present}"
+        )
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # pyright: ignore
+    outer = next((name for name, module in found.items() if module is head), None)
+    if outer is not None:
+        raise PomonaError(
+            f'LoRA target "{outer}" is the output embedding, which sees answer tokens only; name projections '
+            "of the layers"
         )
     present = {_layer(name) for name in found}
     absent = sorted(set(lora.layers) - present)
@@ -146,43 +152,77 @@ def _first(name: str, value: Tensor, rank: int) -> Tensor:
     return value.narrow(place, 0, min(rank, value.shape[place]))
 
 
-def low_rank(
-    x_CSI: Float[Tensor, "C S I"], a_CRI: Float[Tensor, "C R I"], b_COR: Float[Tensor, "C O R"]
-) -> Float[Tensor, "C S O"]:
-    """Return each client's B · A · x in the dtype of its factors."""
-    if len(a_CRI) == 1:  # a plain matrix product: bit for bit what PEFT computes, and faster
-        return fn.linear(fn.linear(x_CSI.to(a_CRI.dtype), a_CRI[0]), b_COR[0])
-    return (x_CSI.to(a_CRI.dtype) @ a_CRI.mT) @ b_COR.mT
+@dataclass(frozen=True)
+class Factors:
+    """The low-rank update of a projection: A [C, R, in], B [C, out, R], maybe one more product [C, out, in]."""
+
+    a_CRI: Tensor = field(repr=False)
+    b_COR: Tensor = field(repr=False)
+    scaling: float
+    residual_COI: Tensor | None = field(default=None, repr=False)
+
+    def __call__(self, x_NI: Float[Tensor, "N I"], split: Split) -> Float[Tensor, "N O"]:
+        """Return scaling · B · A · x of every token's own client, in the dtype of the factors."""
+        x_NI = x_NI.to(self.a_CRI.dtype)
+        update_NO = split.product(split.product(x_NI, self.a_CRI.mT), self.b_COR.mT)
+        if self.residual_COI is not None:
+            update_NO = update_NO + split.product(x_NI, self.residual_COI.mT)
+        return update_NO if self.scaling == 1 else update_NO * self.scaling
 
 
-def attach_lora(model: nn.Module, lora: LoRA, tensors: Mapping[str, Tensor]) -> Attachment:
+def joined(several: Sequence[Factors]) -> Factors:
+    """Return updates of one projection as one of all their directions: two products instead of two for each."""
+    if len(several) == 1:
+        return several[0]
+    residuals = [f.residual_COI * f.scaling for f in several if f.residual_COI is not None]
+    return Factors(
+        torch.cat([f.a_CRI for f in several], dim=1),
+        torch.cat([f.b_COR * f.scaling for f in several], dim=2),
+        1.0,
+        sum(residuals[1:], residuals[0]) if residuals else None,
+    )
+
+
+def attach_lora(
+    model: nn.Module,
+    lora: LoRA,
+    tensors: Mapping[str, Tensor],
+    present: Present | None = None,
+) -> Attachment:
     """Hook stacked LoRA (`NAME.lora_A` [C, R, in], `NAME.lora_B` [C, out, R]) onto a model.
 
     A `NAME.residual` [C, out, in] counts as one more product B · A. The base keeps its parameters and
     their names; gradients flow to `tensors`.
     """
+    return attach_loras(model, [(lora, tensors)], present or Present())
+
+
+def attach_loras(
+    model: nn.Module, adapters: Sequence[tuple[LoRA, Mapping[str, Tensor]]], present: Present
+) -> Attachment:
+    """Hook several stacked LoRAs onto a model: what meets in a projection is computed together."""
+    updates: dict[nn.Module, list[Factors]] = {}
+    experts: list[Attachment] = []
+    for lora, tensors in adapters:
+        for name, module in find_projections(model, lora).items():
+            pair = tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]
+            factors = Factors(*pair, lora.scaling, tensors.get(f"{name}.residual"))
+            updates.setdefault(module, []).append(factors)
+        tuned = find_tuned_experts(model, lora)
+        experts.append(attach_expert_lora(tuned, lora.scaling, tensors, present))
     handles = [
-        module.register_forward_hook(
-            _add_low_rank(
-                tensors[f"{name}.lora_A"],
-                tensors[f"{name}.lora_B"],
-                tensors.get(f"{name}.residual"),
-                lora.scaling,
-            )
-        )
-        for name, module in find_projections(model, lora).items()
+        module.register_forward_hook(_adding(several, present))
+        for module, several in updates.items()
     ]
-    experts = attach_expert_lora(find_tuned_experts(model, lora), lora.scaling, tensors)
-    return join_attachments([Attachment(tuple(handles)), experts])
+    return join_attachments([Attachment(tuple(handles)), *experts])
 
 
-def _add_low_rank(a_CRI: Tensor, b_COR: Tensor, residual_COI: Tensor | None, scaling: float):
+def _adding(several: Sequence[Factors], present: Present):
+    clients = len(several[0].a_CRI)
+
     def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x_CSI = args[0].reshape(len(a_CRI), -1, a_CRI.shape[2])
-        update = low_rank(x_CSI, a_CRI, b_COR)
-        if residual_COI is not None:
-            update = update + x_CSI.to(update.dtype) @ residual_COI.mT
-        update = update * scaling
-        return output + update.reshape(output.shape).to(output.dtype)
+        x_NI = args[0].flatten(0, -2)
+        update_NO = joined(several)(x_NI, present.of(x_NI, clients))
+        return output + update_NO.reshape(output.shape).to(output.dtype)
 
     return hook

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as fn
 
@@ -12,6 +12,7 @@ from pomona.errors import PomonaError
 from pomona.models.experts import ExpertSite
 from pomona.models.logits import labelled_logits
 from pomona.models.routing import Routed
+from pomona.models.split import Split
 from pomona.shapes import AttentionMask, PerClient, TokenMask, Tokens
 
 
@@ -39,12 +40,25 @@ def completion_losses(
     """
     logits_ZV = labelled_logits(model, input_ids_BT, attention_mask_BT, label_mask_BT)
     row_Z, column_Z = label_mask_BT.nonzero(as_tuple=True)
-    nats_Z = fn.cross_entropy(logits_ZV.float(), input_ids_BT[row_Z, column_Z], reduction="none")
-    return client_means(nats_Z, row_Z // (len(input_ids_BT) // clients), clients)
+    client_Z = row_Z // (len(input_ids_BT) // clients)
+    return answer_means(logits_ZV, input_ids_BT[row_Z, column_Z], client_Z, clients)
 
 
-def balance_losses(routed: Sequence[Routed], counted_BT: TokenMask, clients: int) -> PerClient:
-    """Return each client's load-balancing loss [C] over its counted tokens; rows are client-major.
+def answer_means(
+    logits_ZV: Float[Tensor, "Z V"],
+    token_Z: Int[Tensor, " Z"],
+    client_Z: Int[Tensor, " Z"],
+    clients: int,
+) -> PerClient:
+    """Return each client's mean nats of its answer tokens [C]; a client without any gets zero."""
+    nats_Z = fn.cross_entropy(logits_ZV.float(), token_Z, reduction="none")
+    return client_means(nats_Z, client_Z, clients)
+
+
+def balance_losses(
+    routed: Sequence[Routed], counted_N: Bool[Tensor, " N"], split: Split
+) -> PerClient:
+    """Return each client's load-balancing loss [C] over its counted tokens.
 
     E · Σ_e (choices of e per token) · (mean probability of e), both over all layers at once, K when balanced:
     what transformers' mixtures add to their loss (`load_balancing_loss_func`), after Fedus, Zoph & Shazeer,
@@ -52,9 +66,11 @@ def balance_losses(routed: Sequence[Routed], counted_BT: TokenMask, clients: int
     """
 
     def per_client(value_NE: Tensor) -> Float[Tensor, "C E"]:
-        return (value_NE * counted_N1).unflatten(0, (clients, -1)).sum(1)
+        zeros_CE = value_NE.new_zeros(len(split.sizes), value_NE.shape[1])
+        return zeros_CE.index_add(0, client_N, value_NE * counted_N1)
 
-    counted_N1 = counted_BT.flatten().unsqueeze(1).to(routed[0][0].device, torch.float32)
+    counted_N1 = counted_N.unsqueeze(1).to(routed[0][0].device, torch.float32)
+    client_N = split.client_N.to(counted_N1.device)
     chosen_CE = share_CE = torch.zeros((), device=counted_N1.device)
     for logits, index_NK in routed:
         probability_NE = logits.to(counted_N1.device).softmax(dim=-1)
@@ -62,7 +78,7 @@ def balance_losses(routed: Sequence[Routed], counted_BT: TokenMask, clients: int
         chosen_NE = torch.zeros_like(probability_NE, dtype=torch.float32).scatter(1, best_NK, 1.0)
         chosen_CE = chosen_CE + per_client(chosen_NE)
         share_CE = share_CE + per_client(probability_NE.float())
-    tokens_C1 = len(routed) * counted_N1.unflatten(0, (clients, -1)).sum(1).clamp_min(1)
+    tokens_C1 = len(routed) * per_client(torch.ones_like(counted_N1)).clamp_min(1)
     return share_CE.shape[1] * (chosen_CE / tokens_C1 * share_CE / tokens_C1).sum(1)
 
 
