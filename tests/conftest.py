@@ -1,6 +1,7 @@
 """Where tests find real models and data, and how many threads they use."""
 
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+_CACHE = tempfile.TemporaryDirectory(prefix="pomona-tests-")  # gone with this process
+os.environ["POMONA_CACHE"] = _CACHE.name
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the network, and none waits for it
 
 

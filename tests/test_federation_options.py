@@ -13,6 +13,7 @@ from test_federate import WRITES, Stopped, files_of, run, stopped_after
 from pomona.artifacts import run as run_module
 from pomona.artifacts.graft_format import read_graft
 from pomona.artifacts.personal import PersonalModel
+from pomona.artifacts.run import RunDirectory
 from pomona.errors import PomonaError
 from pomona.evaluate import on_rows
 from pomona.federation.early_stop import EarlyStop
@@ -31,6 +32,7 @@ from pomona.federation.strategies import (
 )
 from pomona.models.lora import LoRA
 from pomona.models.peft_format import read_adapter
+from pomona.models.weights import read_tensors, write_tensors
 
 
 def metrics(path: Path, model: str) -> list[dict]:
@@ -147,6 +149,27 @@ def test_a_warm_start_begins_where_another_run_has_ended(settings, tmp_path):
     assert still == pytest.approx(ended, abs=1e-6)
     with pytest.raises(PomonaError, match=r"warm_start .* is no adapter as the recipe has it"):
         run(replace(warm, adapter=LoRA(3, 6.0)), tmp_path / "other")
+
+
+def test_a_run_goes_on_only_from_the_warm_start_it_began_with(settings, tmp_path, monkeypatch):
+    """Clients that have not trained yet are born of it, whenever that is."""
+    run(settings, tmp_path / "first")
+    warm = replace(settings, warm_start=tmp_path / "first/shared")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "note_time", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(warm, tmp_path / "second")
+    path = tmp_path / "first/shared/adapter_model.safetensors"
+    whole = path.read_bytes()
+    write_tensors(path, {n: 2 * v for n, v in read_tensors(path).items()}, {"format": "pt"})
+    with pytest.raises(PomonaError, match=r"warm start's file adapter_model\S+ has changed since"):
+        run(warm, tmp_path / "second")
+    path.write_bytes(whole)
+    run(warm, tmp_path / "second")
 
 
 def test_new_clients_graft_onto_a_federation_that_is_over(settings, tmp_path):

@@ -88,6 +88,7 @@ READ = {
     "run.json": {"format", "method", "seed", "pomona", "python", "torch", "transformers"},
     "inputs.json": {"model", "clients"},
     "results.json": {"base", "personal", "routing", "data", "files"},
+    "experts.json": {"experts"},
     "state.json": {"round", "metrics_bytes", "server", "clients"},
     "adapter_config.json": {"r", "lora_alpha", "target_modules"},
     "graft_config.json": {"form", "rank", "alpha", "bias"},
@@ -110,6 +111,7 @@ def must_refuse(file: str, damage: str) -> bool:
         ("run.json", "python"): "é",
         ("run.json", "torch"): "é",
         ("run.json", "transformers"): "é",
+        ("state.json", "clients"): "{}",  # nobody has trained yet
         ("results.json", "routing"): "{}",
         ("results.json", "files"): "{}",
         ("graft_config.json", "alpha"): "-1.5",
@@ -183,7 +185,12 @@ def test_a_damaged_adapter_or_graft_is_named(runs, capsys, moe_dir, rows_dir, na
     assert refuse_all(part, [command], capsys, part.parent) >= 8
 
 
-CHECKPOINT = {"state.json", "server.1.server.safetensors", "pears.1.safetensors"}
+CHECKPOINT = {
+    "experts.json",
+    "state.json",
+    "server.1.server.safetensors",
+    "pears.1.safetensors",
+}
 
 
 @pytest.mark.parametrize(

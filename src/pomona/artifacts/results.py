@@ -6,14 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pomona.evaluation.experts import expert_load
 from pomona.evaluation.loss import perplexity
 from pomona.evaluation.speed import Speed
-from pomona.federation.graft import selected_experts
 from pomona.federation.holdings import Holdings
-from pomona.federation.update import ClientState
 from pomona.files import damaged, read_as, read_object
 from pomona.models.experts import ExpertSite
 
@@ -105,18 +102,18 @@ def assemble_results(
     answers: Sequence[Mapping[str, Any]],
     routing: Sequence[Mapping[str, Any]],
     sites: Sequence[ExpertSite],
-    private: Mapping[str, ClientState],
+    experts: Mapping[str, Sequence[Sequence[int]]],
     cost: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return results.json: per model the clients' figures and their mean; selection, gates, routing.
 
-    `cost` is what the method costs (`federation.cost`). A model that a method does not have (the
-    shared one of local-only) is null.
+    `experts` [sites][grafts] are what every client's grafts grew from, none without a graft; `cost` is what
+    the method costs (`federation.cost`). A model that a method does not have (the shared one of local-only)
+    is null.
     """
-    grafted = {name: own.graft for name, own in private.items() if own.graft}
     return {
         **{model: of_model([a for a in answers if a["model"] == model]) for model in MODELS},
-        "selection": {n: _selection(sites, graft) for n, graft in grafted.items()} or None,
+        "selection": {n: _selection(own) for n, own in experts.items() if own} or None,
         "gate_openness": {line["client"]: line["openness"] for line in routing if line["openness"]}
         or None,
         "routing": {
@@ -135,8 +132,10 @@ def of_model(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Return every client's figures and their mean, of one model's answers; None without any."""
     if not answers:
         return None
-    names = list(dict.fromkeys(answer["client"] for answer in answers))
-    clients = {name: _of_client([a for a in answers if a["client"] == name]) for name in names}
+    by_client: dict[str, list[Mapping[str, Any]]] = {}
+    for answer in answers:
+        by_client.setdefault(answer["client"], []).append(answer)
+    clients = {name: _of_client(own) for name, own in by_client.items()}
     keys = ("loss", "perplexity", "rouge_l", "exact_match")
     return {
         "mean": {key: _mean([client[key] for client in clients.values()]) for key in keys},
@@ -167,6 +166,6 @@ def pooled_routing(
     }
 
 
-def _selection(sites: Sequence[ExpertSite], graft: Mapping[str, Tensor]) -> list[int | list[int]]:
+def _selection(experts: Sequence[Sequence[int]]) -> list[int | list[int]]:
     """Return the expert of every layer, or its experts where there are several grafts."""
-    return [own[0] if len(own) == 1 else own for own in selected_experts(sites, graft)]
+    return [own[0] if len(own) == 1 else list(own) for own in experts]

@@ -9,7 +9,7 @@ not.
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
@@ -36,16 +36,22 @@ from pomona.files import (
 )
 from pomona.models.weights import read_tensors, write_tensors
 
+_EXPERTS = "experts.json"
 _KEPT = ("recipe.toml", "inputs.json", "metrics.jsonl", "answers.jsonl")
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The last committed round."""
+    """The last committed round.
+
+    `experts` [sites][grafts] are what every client's grafts grow from, `clients` the files of those who have
+    trained: the others are as they are born, and cost nothing but their choice.
+    """
 
     round: int
     server: ServerState
-    clients: Mapping[str, str] = field(repr=False)
+    experts: Mapping[str, Sequence[Sequence[int]]] = field(repr=False)
+    clients: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,13 @@ class _State:
     metrics_bytes: int
     server: str
     clients: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """checkpoint/experts.json: written once, before the first round."""
+
+    experts: dict[str, list[list[int]]]
 
 
 @dataclass(frozen=True)
@@ -128,8 +141,11 @@ class RunDirectory:
                 "folder to start anew"
             )
 
-    def snapshot(self) -> Snapshot | None:
-        """Return the last committed round, or None for a new run; forget what came after it."""
+    def snapshot(self, clients: Collection[str]) -> Snapshot | None:
+        """Return the last committed round, or None for a new run; forget what came after it.
+
+        Raises `PomonaError` when what is there is damaged, or does not tell of every one of `clients`.
+        """
         state = self._read_state()
         if state is None:
             (self.path / "metrics.jsonl").unlink(missing_ok=True)
@@ -137,18 +153,38 @@ class RunDirectory:
         self._cut_metrics(state.metrics_bytes)
         tensors = read_tensors(self.path / "checkpoint" / state.server)
         server = ServerState(_part(tensors, "shared"), _part(tensors, "memory"))
-        return Snapshot(state.round, server, state.clients)
+        path = self.path / "checkpoint" / _EXPERTS
+        if not path.is_file():
+            raise PomonaError(
+                f"{path} is missing, without which the run cannot go on; restore it or choose a new folder"
+            )
+        experts = read_as(path, _Choice).experts
+        missing = sorted({*clients, *state.clients} - experts.keys())
+        if missing:
+            raise damaged(path, f'it lacks the client "{missing[0]}"')
+        return Snapshot(state.round, server, experts, state.clients)
 
-    def client(self, snapshot: Snapshot, name: str) -> ClientState:
-        """Return a client's private state as of a snapshot."""
+    def client(self, snapshot: Snapshot, name: str) -> ClientState | None:
+        """Return a client's private state as of a snapshot, or None if it has not trained yet."""
         if name not in snapshot.clients:
-            raise damaged(self.path / "checkpoint" / "state.json", f'it lacks the client "{name}"')
+            return None
         tensors = read_tensors(self.path / "checkpoint" / snapshot.clients[name])
         return ClientState(*(_part(tensors, part.name) for part in fields(ClientState)))
 
+    def begin(
+        self,
+        server: ServerState,
+        experts: Mapping[str, Sequence[Sequence[int]]],
+        metrics: Sequence[Mapping[str, Any]],
+    ) -> Snapshot:
+        """Make round 0 final: what the server has, and the experts that clients' grafts will grow from."""
+        chosen = {name: [list(own) for own in sites] for name, sites in experts.items()}
+        write_json(self.path / "checkpoint" / _EXPERTS, asdict(_Choice(chosen)))
+        return self.commit(Snapshot(0, server, experts), 0, server, {}, metrics)
+
     def commit(
         self,
-        previous: Snapshot | None,
+        previous: Snapshot,
         round_: int,
         server: ServerState,
         clients: Mapping[str, ClientState],
@@ -156,7 +192,7 @@ class RunDirectory:
     ) -> Snapshot:
         """Make a round final: new files first, then the one rename that makes them count."""
         folder = self.path / "checkpoint"
-        files = dict(previous.clients) if previous else {}
+        files = dict(previous.clients)
         for name, state in clients.items():
             files[name] = f"{quote(name, safe='')}.{round_}.safetensors"
             tensors: dict[str, Tensor] = {}
@@ -171,10 +207,11 @@ class RunDirectory:
         )
         length = self._append("metrics.jsonl", metrics)
         write_json(folder / "state.json", asdict(_State(round_, length, server_file, files)))
-        for stale in set(folder.iterdir()) - {folder / f for f in (*files.values(), server_file)}:
-            if stale.name != "state.json":
+        kept = {*files.values(), server_file, _EXPERTS, "state.json"}
+        for stale in folder.iterdir():
+            if stale.name not in kept:
                 stale.unlink()
-        return Snapshot(round_, server, files)
+        return Snapshot(round_, server, previous.experts, files)
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return what was measured so far."""

@@ -38,14 +38,14 @@ def federate(
     where = find_device(device)
     rows = settings.data.load(settings.seed)
     settings.check_clients(list(rows))
-    run.claim(inputs_of(settings.model, rows, progress))
+    run.claim(inputs_of(settings.model, rows, progress, settings.warm_start))
     holdings = holdings_of(rows)
     tell(told(holdings.duplicates))
     if run.finished:
         return run.results()
     federation = prepare(settings, run, rows, progress, tell, holdings, where)
     write_holdings(run.path, holdings)
-    snapshot = run.snapshot() or begin(federation)
+    snapshot = run.snapshot(federation.train) or begin(federation)
     last = settings.last_round
     for round_ in remaining(federation, snapshot):
         progress("rounds", round_ - 1, last)

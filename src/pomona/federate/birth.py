@@ -1,86 +1,27 @@
-"""Before the first round: every client chooses its experts and gives birth to what is private."""
-
-from collections.abc import Mapping
-from dataclasses import replace
-
-import torch
-from torch import Tensor
+"""Before the first round: every client chooses the experts that its grafts grow from."""
 
 from pomona.artifacts.run import Snapshot
-from pomona.artifacts.shared_format import read_shared
 from pomona.data.examples import collate
-from pomona.errors import PomonaError
 from pomona.federate.evaluate import loss_line, measured
 from pomona.federate.prepare import Federation
-from pomona.federation.graft import Graft, choose_experts
-from pomona.federation.strategies import Corrects, Strategy
-from pomona.federation.update import ClientState, split
+from pomona.federation.graft import choose_experts
+from pomona.federation.update import ClientState
 from pomona.seeds import seed_of
 
 
 def begin(federation: Federation) -> Snapshot:
-    """Choose every client's experts, give birth to its private state, measure the untuned base."""
-    settings, base = federation.settings, federation.base
-    strategy = settings.strategy
-    shared, own = dealt(strategy, _first_adapter(federation))
-    clients: dict[str, ClientState] = {}
+    """Choose every client's experts, measure the untuned base."""
+    experts: dict[str, list[list[int]]] = {}
     for done, name in enumerate(federation.train):
         federation.progress("grafting", done, len(federation.train))
-        graft = base.init_graft(settings.seed, name, _select(federation, name))
-        personal = base.init_personal(settings.seed, name)
-        clients[name] = replace(own, graft=graft, personal=personal)
-    federation.progress("grafting", len(clients), len(clients))
+        experts[name] = _select(federation, name)
+    federation.progress("grafting", len(experts), len(experts))
     metrics = [
         loss_line(0, "base", name, measured(federation, name, ClientState()))
         for name in federation.test
     ]
-    return federation.run.commit(None, 0, strategy.init(shared), clients, metrics)
-
-
-def dealt(
-    strategy: Strategy, adapter: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], ClientState]:
-    """Return of a first adapter what the server has, and what every client does: its part, its memory."""
-    own = split(ClientState(adapter), strategy.shares)[1].adapter
-    shared = {name: value for name, value in adapter.items() if name not in own}
-    memory = strategy.birth(shared) if isinstance(strategy, Corrects) else {}
-    return shared, ClientState(own, memory=memory)
-
-
-def _first_adapter(federation: Federation) -> dict[str, Tensor]:
-    """Return the adapter before the first round: a newborn, or the one of `warm_start`."""
-    settings = federation.settings
-    newborn = federation.base.init_adapter(settings.seed)
-    if settings.warm_start is None:
-        return newborn
-    read = read_shared(settings.warm_start)
-    lora, tensors = read.lora, read.adapter
-    shapes = {name: value.shape for name, value in tensors.items()}
-    expected = {name: value.shape for name, value in newborn.items()}
-    same = lora.scaling == settings.adapter.scaling and shapes == expected
-    if not (same and _same_expert(federation, read.expert, read.grown)):
-        expert = "one" if read.expert else "no"
-        raise PomonaError(
-            f"warm_start {settings.warm_start} is no adapter as the recipe has it: it has rank {lora.rank}, "
-            f"alpha {lora.alpha:g}, targets {', '.join(lora.targets)} and {expert} shared expert; give "
-            "the same in [adapter] and [shared_expert]"
-        )
-    return {name: tensors[name].float() for name in newborn}
-
-
-def _same_expert(
-    federation: Federation, graft: Graft | None, tensors: Mapping[str, Tensor]
-) -> bool:
-    """Whether a shared expert that was read computes what the recipe's does, from the same experts."""
-    expert = federation.base.shared_expert
-    if graft is None or expert is None:
-        return graft is expert
-    ours = expert.graft
-    told = [
-        (g.form, g.gate if not g.trains_gate else "", g.weights, g.scaling) for g in (graft, ours)
-    ]
-    indices = expert.indices(federation.base.sites)
-    return told[0] == told[1] and all(torch.equal(tensors[n], indices[n]) for n in indices)
+    server = federation.settings.strategy.init(federation.server_first)
+    return federation.run.begin(server, experts, metrics)
 
 
 def _select(federation: Federation, name: str) -> list[list[int]]:

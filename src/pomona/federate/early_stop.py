@@ -29,7 +29,7 @@ def held_back_losses(
     for name, examples in federation.held_back.items():
         if name in settings.newcomers:
             continue
-        own = private.get(name) or federation.run.client(snapshot, name)
+        own = private.get(name) or federation.private(snapshot, name)
         state = served(federation, name, shared, own)
         losses = losses_of(federation.base, state, examples, federation.pad_id, settings.evaluation)
         lines.append({"round": round_, "model": _HELD_BACK, "client": name, **loss_summary(losses)})

@@ -25,7 +25,7 @@ def evaluate(
     for done, name in enumerate(federation.test):
         federation.progress("evaluating", done, len(federation.test))
         owner = federation.owner(name)
-        own = private.get(owner) or federation.run.client(snapshot, owner)
+        own = private.get(owner) or federation.private(snapshot, owner)
         for kind, state in models_of(federation, owner, shared, own).items():
             lines.append(loss_line(round_, kind, name, measured(federation, name, state)))
     federation.progress("evaluating", len(federation.test), len(federation.test))

@@ -1,7 +1,7 @@
 """What is left when the rounds are over: answers, routing, cost, and the folders that a user keeps."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -24,7 +24,7 @@ def finish(federation: Federation, snapshot: Snapshot) -> dict[str, Any]:
     answers: list[dict[str, Any]] = []
     routing: list[dict[str, Any]] = []
     metrics: list[dict[str, Any]] = []
-    private = {name: run.client(snapshot, federation.owner(name)) for name in federation.test}
+    private = _Private(federation, snapshot)
     for done, (name, own) in enumerate(private.items()):
         federation.progress("answering", done, len(private))
         models = {
@@ -42,13 +42,31 @@ def finish(federation: Federation, snapshot: Snapshot) -> dict[str, Any]:
     run.add_metrics(metrics)
     run.write_answers(answers)
     _write_options(federation, shared, private)
-    states = {n: federation.state(n, shared, own) for n, own in private.items()}
+    states = (federation.state(n, shared, own) for n, own in private.items())
     untuned = [line for line in routing if line["model"] == "base"]
-    cost = cost_of(federation.base, states.values(), untuned)
-    results = assemble_results(answers, routing, federation.base.sites, private, cost)
+    cost = cost_of(federation.base, states, untuned)
+    experts = {name: snapshot.experts[federation.owner(name)] for name in private}
+    results = assemble_results(answers, routing, federation.base.sites, experts, cost)
     results = run.finish({**results, "data": asdict(federation.holdings)})
     federation.progress("answering", len(private), len(private))
     return results
+
+
+@dataclass(frozen=True, eq=False)
+class _Private(Mapping[str, ClientState]):
+    """What every client keeps, read when it is asked for: that of all need not be in memory at once."""
+
+    federation: Federation
+    snapshot: Snapshot
+
+    def __getitem__(self, client: str) -> ClientState:
+        return self.federation.private(self.snapshot, self.federation.owner(client))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.federation.test)
+
+    def __len__(self) -> int:
+        return len(self.federation.test)
 
 
 def _write_options(
@@ -74,16 +92,15 @@ def _write_options(
 
 def _every_model(
     federation: Federation, shared: Mapping[str, Tensor], private: Mapping[str, ClientState]
-) -> list[tuple[str, str | None, ClientState]]:
-    """Return (model, client, state); the client is None for what all clients have."""
-    models: list[tuple[str, str | None, ClientState]] = [("base", None, ClientState())]
-    for name, own in private.items():
+) -> Iterator[tuple[str, str | None, ClientState]]:
+    """Yield (model, client, state); the client is None for what all clients have."""
+    yield "base", None, ClientState()
+    for place, (name, own) in enumerate(private.items()):
         served = models_of(federation, federation.owner(name), shared, own)
-        if "shared" in served and len(models) == 1:
-            models.append(("shared", None, served["shared"]))
+        if "shared" in served and place == 0:
+            yield "shared", None, served["shared"]
         if "personal" in served:
-            models.append(("personal", name, served["personal"]))
-    return models
+            yield "personal", name, served["personal"]
 
 
 def _publish(

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pomona.artifacts.run import RunDirectory
-from pomona.data.examples import Example, encode, padding_id
+from pomona.artifacts.run import RunDirectory, Snapshot
+from pomona.data.encoded import cache_folder, encode_groups
+from pomona.data.examples import Example, padding_id
 from pomona.errors import PomonaError
 from pomona.evaluation.tasks import installed_harness
+from pomona.federate.first_adapter import dealt, first_adapter
 from pomona.federation.clients import ClientRows
 from pomona.federation.cohort import FrozenBase
 from pomona.federation.forgetting import held_out_windows
@@ -28,6 +30,7 @@ from pomona.models.experts import (
 )
 from pomona.models.loading import context_length, load_model, load_tokenizer
 from pomona.models.lora import narrowed, of_rank
+from pomona.models.packing import can_pack
 from pomona.models.placement import moved
 from pomona.progress import Progress, Tell
 from pomona.shapes import Tokens
@@ -54,6 +57,16 @@ class Federation:
     progress: Progress
     tell: Tell
     holdings: Holdings
+    server_first: Mapping[str, Tensor]
+    client_first: ClientState
+
+    def private(self, snapshot: Snapshot, client: str) -> ClientState:
+        """Return what a client keeps for itself, as of a snapshot: as it has trained it, or newborn."""
+        return self.run.client(snapshot, client) or replace(
+            self.client_first,
+            graft=self.base.init_graft(self.settings.seed, client, snapshot.experts[client]),
+            personal=self.base.init_personal(self.settings.seed, client),
+        )
 
     def state(self, client: str, shared: Mapping[str, Tensor], private: ClientState) -> ClientState:
         """Return a client's whole state: what the server has sent, to its own rank, and its own."""
@@ -84,18 +97,23 @@ def prepare(
     """Load the model, encode every row; raises `PomonaError` for what does not go together."""
     tokenizer = load_tokenizer(settings.model)
     base = frozen_base(settings, moved(load_model(settings.model, settings.dtype), device))
+    said = settings.rehearsal.length if settings.rehearsal else 0
+    base = replace(base, packs=can_pack(base.model, max(settings.max_length, said)))
     if settings.rehearsal is not None:
         progress("sampling what the base says", 0, 1)
         rehearsed = settings.rehearsal.begin(base.model, first_token(tokenizer), settings.seed)
         base = replace(base, rehearsed=rehearsed)
         progress("sampling what the base says", 1, 1)
     limit = settings.evaluation.rows or None
-
-    def encoded(which: Sequence[Any]) -> list[Example]:
-        return [encode(row, settings.template, tokenizer, settings.max_length) for row in which]
-
-    train = {name: encoded(client.train) for name, client in rows.items()}
-    train, held_back = _held_back(settings, train)
+    trained, tested = (
+        encode_groups(which, settings.template, tokenizer, settings.max_length, cache_folder())
+        for which in (
+            {name: client.train for name, client in rows.items()},
+            {name: client.test[:limit] for name, client in rows.items()},
+        )
+    )
+    server_first, client_first = dealt(settings.strategy, first_adapter(settings, base))
+    train, held_back = _held_back(settings, trained)
     return Federation(
         settings,
         run,
@@ -105,12 +123,14 @@ def prepare(
         rows,
         _trainers(settings, train),
         _trainers(settings, held_back),
-        {name: encoded(client.test[:limit]) for name, client in rows.items()},
+        tested,
         _held_out(settings, tokenizer),
         _tasks(settings),
         progress,
         tell,
         holdings,
+        server_first,
+        client_first,
     )
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pomona.evaluation.work import matmul_speed
-from pomona.federate.birth import dealt
+from pomona.federate.first_adapter import dealt
 from pomona.federate.prepare import POOLED, frozen_base
 from pomona.federate.rounds import sent_to_clients
 from pomona.federation.clients import ClientRows

@@ -121,7 +121,7 @@ def _train(
         tasks = [
             Task(
                 name,
-                federation.state(name, server.shared, federation.run.client(snapshot, name)),
+                federation.state(name, server.shared, federation.private(snapshot, name)),
                 federation.train[name],
                 server.memory,
             )
