@@ -112,7 +112,7 @@ def on_rows(
         batch, examples = zip(*encoded[start : start + evaluation.batch], strict=True)
         losses += losses_of(base, state, examples, pad_id, evaluation)
         if new_tokens > 0:
-            said += answers_of(base, state, batch, tokenizer, form, length, evaluation)
+            said += answers_of(base, [state], [batch], tokenizer, form, length, evaluation)[0]
         told.step(len(batch))
     told.end()
     kinds = ("rouge_l", "exact_match") if said else ()

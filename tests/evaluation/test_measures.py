@@ -5,16 +5,18 @@ import math
 import numpy as np
 import pytest
 import torch
+from laws.test_federation_laws import base_of, examples, grown, newborn
 from scipy import stats
 from transformers import AutoModelForCausalLM
 
 from pomona.data.examples import Example
-from pomona.evaluation.answers import greedy_answers
+from pomona.evaluation.answers import cohort_answers, greedy_answers
 from pomona.evaluation.experts import expert_load
 from pomona.evaluation.intervals import paired_bootstrap, ratio_bootstrap
 from pomona.evaluation.loss import answer_losses, perplexity, text_loss
 from pomona.evaluation.rouge import rouge_l
 from pomona.evaluation.work import matmul_speed
+from pomona.federation.update import stack
 from pomona.models.loading import load_tokenizer
 
 
@@ -61,6 +63,23 @@ def test_batched_answers_equal_one_by_one_and_print_nothing(model, moe_dir, capf
     assert together == alone
     assert len(set(together)) > 1
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("batch", [1, 4, 32])
+def test_clients_answer_together_as_they_do_alone(moe_dir, batch):
+    """Each with its own LoRA and graft, numbers of prompts and lengths; eight together and one by one."""
+    base = base_of("mixtral")
+    states = [grown(newborn(base, f"c{c}", c % 2), c) for c in range(3)]
+    tokenizer = load_tokenizer(moe_dir)
+    prompts = [[list(e.input_ids) for e in examples(c, rows)] for c, rows in enumerate((3, 1, 5))]
+    with base.attach(stack(states)):
+        together = cohort_answers(base.model, tokenizer, prompts, 6, batch)
+    assert [len(own) for own in together] == [3, 1, 5]
+    for own, state, asked in zip(together, states, prompts, strict=True):
+        with base.attach_one(state):
+            alone = [greedy_answers(base.model, tokenizer, [p], 6)[0] for p in asked]
+        assert own == alone
+    assert len({answer for own in together for answer in own}) > 5
 
 
 def test_rouge_l():

@@ -1,6 +1,6 @@
 """What is left when the rounds are over: answers, routing, cost, and the folders that a user keeps."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -25,17 +25,13 @@ def finish(federation: Federation, snapshot: Snapshot) -> dict[str, Any]:
     routing: list[dict[str, Any]] = []
     metrics: list[dict[str, Any]] = []
     private = _Private(federation, snapshot)
-    for done, (name, own) in enumerate(private.items()):
+    for done, (name, models, said) in enumerate(_answered(federation, shared, private)):
         federation.progress("answering", done, len(private))
-        models = {
-            "base": ClientState(),
-            **models_of(federation, federation.owner(name), shared, own),
-        }
         for kind, state in models.items():
             found = measured(federation, name, state)
             if kind != "base":
                 metrics.append(loss_line(snapshot.round, kind, name, found))
-            answers += _answer_lines(federation, name, kind, state, found)
+            answers += _answer_lines(name, kind, found, said[kind])
             if federation.base.sites:
                 routing.append(_routing_line(name, kind, found))
     _publish(federation, shared, private)
@@ -118,19 +114,53 @@ def _publish(
         publish_client(run, name, base, replace(own, adapter=adapter), origin)
 
 
-def _answer_lines(
-    federation: Federation, name: str, kind: str, state: ClientState, found: Measured
-) -> list[dict[str, Any]]:
-    settings, losses = federation.settings, found.losses
-    said = answers_of(
+def _answered(
+    federation: Federation, shared: Mapping[str, Tensor], private: Mapping[str, ClientState]
+) -> Iterator[tuple[str, dict[str, ClientState], dict[str, list[dict[str, Any]]]]]:
+    """Yield every client with its models and what each says to its first rows.
+
+    So many clients answer at once as fill a batch with their rows.
+    """
+    evaluation, names = federation.settings.evaluation, list(private)
+    together = max(1, evaluation.batch // max(1, evaluation.answers))
+    for start in range(0, len(names), together):
+        some = names[start : start + together]
+        models = {
+            name: {
+                "base": ClientState(),
+                **models_of(federation, federation.owner(name), shared, private[name]),
+            }
+            for name in some
+        }
+        said = {
+            kind: _said(federation, some, [models[name][kind] for name in some], kind)
+            for kind in models[some[0]]
+        }
+        for place, name in enumerate(some):
+            yield name, models[name], {kind: own[place] for kind, own in said.items()}
+
+
+def _said(
+    federation: Federation, names: Sequence[str], states: Sequence[ClientState], kind: str
+) -> list[list[dict[str, Any]]]:
+    settings = federation.settings
+    count = settings.evaluation.answers
+    if not count:
+        return [[] for _ in names]
+    return answers_of(
         federation.base,
-        state,
-        federation.rows[name].test[: min(settings.evaluation.answers, len(losses))],
+        states if kind == "personal" else states[:1],
+        [federation.rows[name].test[: min(count, len(federation.test[name]))] for name in names],
         federation.tokenizer,
         settings.template,
         settings.max_length,
         settings.evaluation,
     )
+
+
+def _answer_lines(
+    name: str, kind: str, found: Measured, said: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
     unsaid: dict[str, Any] = dict.fromkeys(("rouge_l", "exact_match", "answer", "reference"))
     return [
         {
@@ -141,7 +171,7 @@ def _answer_lines(
             "tokens": loss.tokens,
             **(said[row] if row < len(said) else unsaid),
         }
-        for row, loss in enumerate(losses)
+        for row, loss in enumerate(found.losses)
     ]
 
 

@@ -16,14 +16,14 @@ from pomona.data.examples import Example, encode_prompt
 from pomona.data.rows import Row
 from pomona.data.templates import Template
 from pomona.errors import PomonaError
-from pomona.evaluation.answers import greedy_answers
+from pomona.evaluation.answers import cohort_answers
 from pomona.evaluation.exact import exact_match
 from pomona.evaluation.loss import RowLoss, answer_losses, perplexity
 from pomona.evaluation.rouge import rouge_l
 from pomona.evaluation.speed import Speed, generation_speeds
 from pomona.federation.cohort import FrozenBase
 from pomona.federation.graft import measure_gates
-from pomona.federation.update import ClientState, Update
+from pomona.federation.update import ClientState, Update, stack
 from pomona.models.routing import count_routing
 from pomona.models.weights import serialized_bytes
 from pomona.shapes import AttentionMask, TokenMask
@@ -117,29 +117,36 @@ def loss_summary(losses: Sequence[RowLoss]) -> dict[str, float]:
 
 def answers_of(
     base: FrozenBase,
-    state: ClientState,
-    rows: Sequence[Row],
+    states: Sequence[ClientState],
+    rows: Sequence[Sequence[Row]],
     tokenizer: PreTrainedTokenizerBase,
     template: Template,
     max_length: int,
     evaluation: Evaluation,
-) -> list[dict[str, Any]]:
-    """Return each row's greedy answer, its reference and their ROUGE-L and exact match (0..100)."""
+) -> list[list[dict[str, Any]]]:
+    """Return the greedy answer to every row of each client, its reference, ROUGE-L and exact match (0..100).
+
+    The states are the clients' own, each with at least one row, and all of them decode together; or a single
+    one that answers for all.
+    """
     room = max_length - evaluation.new_tokens
-    prompts = [encode_prompt(row, template, tokenizer, room) for row in rows]
-    with base.attach_one(state):
-        answers = greedy_answers(
+    asked = [[encode_prompt(row, template, tokenizer, room) for row in own] for own in rows]
+    prompts = asked if len(states) > 1 else [[prompt for own in asked for prompt in own]]
+    with base.attach(stack(states)):
+        found = cohort_answers(
             base.model, tokenizer, prompts, evaluation.new_tokens, evaluation.batch
         )
-    return [
-        {
-            "rouge_l": rouge_l(answer, row.response),
-            "exact_match": exact_match(answer, row.response),
-            "answer": answer,
-            "reference": row.response,
-        }
-        for answer, row in zip(answers, rows, strict=True)
-    ]
+    answers = (answer for own in found for answer in own)
+    return [[_scored(next(answers), row) for row in own] for own in rows]
+
+
+def _scored(answer: str, row: Row) -> dict[str, Any]:
+    return {
+        "rouge_l": rouge_l(answer, row.response),
+        "exact_match": exact_match(answer, row.response),
+        "answer": answer,
+        "reference": row.response,
+    }
 
 
 def measured_of(
