@@ -1,20 +1,21 @@
 """Personalised federated tuning: the recipes beside FLEx, where sharing should pay and where it may not.
 
-    python benchmarks/federate.py [--quick] [--setting NAME] [--method NAME …] [--out DIR] [--json PATH]
+    python benchmarks/federate.py [--quick] [--setting NAME [--method NAME …]] [--out DIR] [--json PATH]
 
 `rootstock-3m` made into eight experts, two active, then Dolly in four settings: one task per client, the
 same with 100 rows per client, and ten clients with Dirichlet mixtures (0.5 and 1.0), of whom half take part
 in a round; three seeds each. All methods take as many steps on as many rows, cut to 128 tokens; strategies that
 share LoRA on the attention and nothing else beside FedAvg's mean are made where sharing should pay most, with
-100 rows. Also the gain
-of federating over a client alone with the same parts, as a function of the rows per client. Interrupted, it
-goes on where it was; `--setting` and `--method` make some runs only and record nothing, so that two
-processes can share the work. `--quick`: two seeds of the first setting, four rounds, the main methods.
-Material is found through POMONA_DATA and POMONA_MODELS.
+100 rows. Also the gain of federating over a client alone with the same parts, as a function of the rows per
+client. Interrupted, it goes on where it was. `--setting` makes one of these alone and leaves what the JSON
+has of the others; with `--method` it makes these runs and records nothing, so that two processes can
+share the work. `--quick`: two seeds of the first setting, four rounds, the main methods. Material is found
+through POMONA_DATA and POMONA_MODELS.
 """
 
 import argparse
 import hashlib
+import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from record import ROOT, record
+from record import ROOT, commit, record
 from transformers import AutoConfig
 
 from pomona.artifacts.figures import svg
@@ -45,19 +46,12 @@ from pomona.reconstruct import ReconstructSettings, reconstruct
 from pomona.reconstruction.retraining import ExpertStage, Retraining
 
 TASKS = ("closed_qa", "information_extraction", "classification", "summarization")
-SETTINGS: dict[str, Partition] = {
-    "one task each": ByCategory(TASKS),
-    "100 rows each": ByCategory(TASKS, rows=100),
-    "Dirichlet 0.5": Dirichlet(10, 0.5),
-    "Dirichlet 1.0": Dirichlet(10, 1.0),
-}
 LENGTH = 128
 ROWS = (25, 50, 100, 200, 400)
 OURS, CEILING = "flex", "centralised"
 ALONE = ("local-only-graft", "local-only-flex")
 VARIANTS = ("lora-on-expert", "flex-no-gate", "flex-reconstruction")  # of ours, one thing changed
 CEILINGS = (CEILING, "centralised-attention")
-HARD = "100 rows each"
 METHODS = (
     OURS,
     "local-only",
@@ -84,6 +78,14 @@ STRATEGIES = (
     "scaffold",
 )
 MAIN = ("local-only", *ALONE, "fedavg", OURS)
+SETTINGS: dict[str, tuple[Partition, Sequence[str]]] = {
+    "one task each": (ByCategory(TASKS), METHODS),
+    "100 rows each": (ByCategory(TASKS, rows=100), METHODS),
+    "100 rows each, strategies": (ByCategory(TASKS, rows=100), (OURS, "fedavg", *STRATEGIES)),
+    "Dirichlet 0.5": (Dirichlet(10, 0.5), METHODS),
+    "Dirichlet 1.0": (Dirichlet(10, 1.0), METHODS),
+}
+CURVE = "gain by rows"
 
 
 def main() -> None:
@@ -92,48 +94,66 @@ def main() -> None:
     os.environ.setdefault("POMONA_DATA", str(ROOT.parent / "shared" / "data"))
     os.environ.setdefault("POMONA_MODELS", str(ROOT.parent / "shared" / "models"))
     model = _mixture(options.out)
-    seeds = (0, 1) if options.quick else (0, 1, 2)
-    names = list(SETTINGS)[:1] if options.quick else list(SETTINGS)
-    rounds = 4 if options.quick else 20
-    partial = bool(options.setting or options.method)
-    rows: dict[str, list[dict[str, Any]]] = {}
-    bars: list[dict[str, Any]] = []
-    for name in [options.setting] if options.setting else names:
-        methods = options.method or _methods(name, options.quick)
-        runs = _runs(options.out, model, SETTINGS[name], methods, seeds, rounds)
-        rows[name] = _rows(runs)
-        columns = ["method", "nats", "over rows", "worst", "spread", "− ours", "p", "forgot", "MB"]
-        print_table(name, columns, [_shown(row) for row in rows[name]])
-        bars += _bars(name, rows[name])
-    if partial:
-        return
-    curve = [] if options.quick else list(_curve(options.out, model, seeds, rounds))
-    record(options.json, rows, bars, gain_by_rows=curve)
-    if curve:
-        write_text(options.json.with_suffix(".svg"), _plot(curve))
+    seeds, rounds = ((0, 1), 4) if options.quick else ((0, 1, 2), 20)
+    names = [options.setting] if options.setting else [*SETTINGS, CURVE]
+    result = _recorded(options.json) if options.setting else {"rows": {}, "commits": {}}
+    for name in names[:1] if options.quick else names:
+        if name == CURVE:
+            result["gain_by_rows"] = list(_curve(options.out, model, seeds, rounds))
+        else:
+            partition, methods = SETTINGS[name]
+            methods = options.method or (MAIN if options.quick else methods)
+            rows = _rows(_runs(options.out, model, partition, methods, seeds, rounds))
+            columns = [
+                "method",
+                "nats",
+                "over rows",
+                "worst",
+                "spread",
+                "− ours",
+                "p",
+                "forgot",
+                "MB",
+            ]
+            print_table(name, columns, [_shown(row) for row in rows])
+            result["rows"][name] = rows
+        result["commits"][name] = commit()
+    if not options.method:
+        bars = [bar for name, rows in result["rows"].items() for bar in _bars(name, rows)]
+        record(options.json, bars=bars, **result)
+        if "gain_by_rows" in result:
+            write_text(options.json.with_suffix(".svg"), _plot(result["gain_by_rows"]))
 
 
-def _methods(setting: str, quick: bool) -> Sequence[str]:
-    if quick:
-        return MAIN
-    return (*METHODS, *STRATEGIES) if setting == HARD else METHODS
+def _recorded(path: Path) -> dict[str, Any]:
+    """Return what the JSON has of every setting, with the commit that each was made at."""
+    found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    kept = {
+        key: value for key, value in found.items() if key in ("rows", "commits", "gain_by_rows")
+    }
+    return {"rows": {}, "commits": {}, **kept}
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="two seeds, four rounds, one setting")
-    parser.add_argument("--setting", choices=SETTINGS, help="only make these runs")
+    parser.add_argument("--setting", choices=(*SETTINGS, CURVE), help="make and record this one")
     parser.add_argument(
         "--method",
         action="append",
         choices=(*METHODS, *STRATEGIES),
-        help="only make these runs",
+        help="with --setting: make these runs, record nothing",
     )
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "federate")
-    parser.add_argument(
-        "--json", type=Path, default=ROOT / "benchmarks" / "results" / "federate.json"
+    parser.add_argument("--json", type=Path, help="default: results/federate.json beside this file")
+    options = parser.parse_args()
+    kept = (
+        options.out / "quick.json" if options.quick else ROOT / "benchmarks/results/federate.json"
     )
-    return parser.parse_args()
+    options.json = options.json or kept
+    if options.method and options.setting in (None, CURVE):
+        parser.error("--method needs a --setting with methods")
+    return options
 
 
 def _mixture(out: Path) -> Path:
