@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pomona.models.split import Even, Present, Ragged
+from pomona.models.split import Even, Present, Ragged, frozen_products
 
 CPU = torch.device("cpu")
 TYPES = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 0.1}
@@ -42,6 +42,30 @@ def test_a_product_is_every_clients_own_in_value_and_gradient(sizes, size_in, si
     theirs = torch.autograd.grad(expected, (x_NI, weight_CIO), seen_NO)
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, **close)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2)), min_size=1, max_size=6).filter(
+        lambda drawn: any(size for size, _ in drawn)
+    ),
+    st.booleans(),
+)
+def test_products_with_constants_are_every_clients_own_and_share_neighbours(drawn, transposed):
+    """Any clients with the same matrix, neighbours or not, and matrices that lie the other way round."""
+    generator = torch.Generator().manual_seed(0)
+    sizes, which = zip(*drawn, strict=True)
+    constants = torch.randn(3, 4, 7, generator=generator, dtype=torch.float64)
+    own = [constants[k] for k in which]
+    if transposed:
+        own = [constant.T.contiguous().T for constant in own]
+    x_NI = random(generator, sum(sizes), 7, dtype=torch.float64)
+    seen_NO = random(generator, sum(sizes), 4, dtype=torch.float64).detach()
+    found = frozen_products(x_NI, own, Ragged(sizes, CPU))
+    expected = one_by_one(x_NI, torch.stack(own).mT, sizes)
+    torch.testing.assert_close(found, expected)
+    (ours,), (theirs,) = (torch.autograd.grad(y, x_NI, seen_NO) for y in (found, expected))
+    torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("clients", [1, 2, 3])

@@ -49,16 +49,19 @@ def packed_losses(
     packing = packing_of(packed.lengths, base.device)
     split, label_N = packing.split, packed.label_N
     text_N = _of_texts(list(map(len, own)), packed.lengths).to(base.device)
+    answer_A, text_T = ((label_N & which).nonzero().squeeze(1) for which in (~text_N, text_N))
     with routed_by(base.sites if router_loss else ()) as routed:
-        logits_ZV = packed_logits(base.model, packed.input_ids_N, label_N, packing)
-    text_Z, answer_N = text_N[label_N], label_N & ~text_N
-    loss_C = answer_means(
-        logits_ZV[~text_Z], packed.input_ids_N[answer_N], split.client_N[answer_N], clients
-    )
+        # Answers first, then texts: both parts are views, and nothing as wide as the vocabulary is copied.
+        logits_ZV = packed_logits(
+            base.model, packed.input_ids_N, torch.cat([answer_A, text_T]), packing
+        )
+    answers_AV, texts_TV = logits_ZV.split([len(answer_A), len(text_T)])
+    ids_A, client_A = packed.input_ids_N[answer_A], split.client_N[answer_A]
+    loss_C = answer_means(answers_AV, ids_A, client_A, clients)
     loss_C = _balanced(loss_C, routed, ~text_N, split, router_loss)
     if said is None:
         return loss_C
-    logits_XPV = logits_ZV[text_Z].unflatten(0, (sum(map(len, texts)), -1))
+    logits_XPV = texts_TV.unflatten(0, (sum(map(len, texts)), -1))
     return _in_gradient(loss_C, said.losses_of(logits_XPV, texts))
 
 

@@ -5,15 +5,17 @@ they lie and nothing is copied. With nothing trained yet its activation is the r
 and the delta form's output is exactly zero.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from pomona.models.experts import ExpertSite
-from pomona.models.split import Split
+from pomona.models.gated import gated_pair
+from pomona.models.split import Split, frozen_products
 from pomona.shapes import Hidden, Routing, RoutingWeight
 
 
@@ -55,18 +57,23 @@ class PrivateExpert:
 
         The delta needs one product with the resident `down` instead of two.
         """
-        site = self.site
-        both_NW = self._through(lambda x, e: torch.cat(site.gate_up(x, e), dim=-1), x_ND, split)
         # Both activations in float32, as what is trained, or a bfloat16 base would round only one.
-        gate_NW, up_NW = both_NW.to(self._dtype).chunk(2, dim=-1)
-        more_gate_NW, more_up_NW = self._trained(x_ND, ("gate", "up"), split)
-        own_NW = site.activate(gate_NW + more_gate_NW, up_NW + more_up_NW)
-        through_NW = own_NW - site.activate(gate_NW, up_NW) if self.delta else own_NW
-        down_ND = self._through(
-            lambda h, e: site.down(h.to(x_ND.dtype), e, bias=not self.delta), through_NW, split
-        )
+        both_NX = self._resident("gate_up_proj", x_ND, split).to(self._dtype)
+        own_NW, moved_NW = self._activations(both_NX, self._trained(x_ND, ("gate", "up"), split))
+        through_NW = moved_NW if self.delta else own_NW
+        down_ND = self._resident("down_proj", through_NW.to(x_ND.dtype), split, not self.delta)
         (more_ND,) = self._trained(own_NW, ("down",), split)
         return down_ND + more_ND
+
+    def _activations(self, both_NX: Tensor, more: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the private expert's activation [N, W] and by how much it differs from the resident's."""
+        site = self.site
+        if site.plain:
+            return gated_pair(both_NX, both_NX + torch.cat(list(more), dim=1))
+        # Laid out alike: some kernels round strided values in another way, and birth would not be silent.
+        gate_NW, up_NW = (half.contiguous() for half in site.halves(both_NX))
+        own_NW = site.activate(gate_NW + more[0], up_NW + more[1])
+        return own_NW, own_NW - site.activate(gate_NW, up_NW)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -97,24 +104,14 @@ class PrivateExpert:
         bias_CO = self.tensors.get(f"{part}.delta_bias")
         return change_NO if bias_CO is None else change_NO + bias_CO[split.client_N]
 
-    def _through(
-        self, expert: Callable[[Tensor, int], Tensor], x_NI: Tensor, split: Split
-    ) -> Tensor:
-        """Send each client's tokens through its own resident expert, one product per expert in use.
-
-        Clients with the same expert share a product, and no weight is gathered or copied.
-        """
-        distinct = sorted(set(self.residents))
-        if len(distinct) == 1:
-            return expert(x_NI, distinct[0])
-        own = x_NI.split(list(split.sizes))
-        outputs: dict[int, Tensor] = {}
-        for one in distinct:
-            members = [c for c, resident in enumerate(self.residents) if resident == one]
-            together = expert(torch.cat([own[c] for c in members]), one)
-            parts = together.split([len(own[c]) for c in members])
-            outputs |= dict(zip(members, parts, strict=True))
-        return torch.cat([outputs[c] for c in range(len(own))])
+    def _resident(self, part: str, x_NI: Tensor, split: Split, bias: bool = True) -> Tensor:
+        """Return a projection of each client's tokens by its own resident expert."""
+        site = self.site
+        found_NO = frozen_products(x_NI, [site.weight(part, e) for e in self.residents], split)
+        biases = [site.bias(part, e) for e in self.residents] if bias else [None]
+        if biases[0] is None:
+            return found_NO
+        return found_NO + torch.stack(cast(list[Tensor], biases))[split.client_N]
 
 
 def gate_value(x_ND: Hidden, tensors: Mapping[str, Tensor], split: Split) -> Float[Tensor, " N"]:

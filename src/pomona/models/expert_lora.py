@@ -87,7 +87,9 @@ def expert_change(
         return mixed_low_rank(value_ZI, *pairs[part], client_Z) * scaling
 
     kind = pairs["down_proj"][0].dtype
-    gate_ZW, up_ZW = (half.to(kind) for half in site.gate_up(x_ZD, expert))
+    both_ZX = site.gate_up(x_ZD, expert).to(kind)
+    # Laid out as their sums: some kernels round strided values in another way.
+    gate_ZW, up_ZW = (half.contiguous() for half in site.halves(both_ZX))
     more_gate_ZW, more_up_ZW = site.halves(update(x_ZD, "gate_up_proj"))
     own_ZW = site.activate(gate_ZW + more_gate_ZW, up_ZW + more_up_ZW)
     moved_ZW = own_ZW - site.activate(gate_ZW, up_ZW)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as fn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.activations import SiLUActivation
 from transformers.integrations.moe import (
     _default_apply_gate,  # pyright: ignore[reportPrivateUsage]
 )
@@ -57,17 +58,16 @@ class ExpertSite:
 
     def expert(self, index: int) -> DenseExpert:
         """Return one expert's exact weights, whatever the family's layout."""
-        gate_WD, up_WD = self.halves(self._weight("gate_up_proj", index), 0)
-        bias = self._bias("gate_up_proj_bias", index)
+        gate_WD, up_WD = self.halves(self.weight("gate_up_proj", index), 0)
+        bias = self.bias("gate_up_proj", index)
         gate_bias_W, up_bias_W = (None, None) if bias is None else self.halves(bias, 0)
-        down_DW = self._weight("down_proj", index)
-        down_bias_D = self._bias("down_proj_bias", index)
+        down_DW = self.weight("down_proj", index)
+        down_bias_D = self.bias("down_proj", index)
         return DenseExpert(gate_WD, up_WD, down_DW, gate_bias_W, up_bias_W, down_bias_D)
 
-    def gate_up(self, x_ND: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """Return the gate and up pre-activations [N, W] of one expert, in one product."""
-        weight = self._weight("gate_up_proj", index)
-        return self.halves(fn.linear(x_ND, weight, self._bias("gate_up_proj_bias", index)), -1)
+    def gate_up(self, x_ND: Tensor, index: int) -> Float[Tensor, "N X"]:
+        """Return the gate and up pre-activations [N, 2 W] of one expert; `halves` takes them apart."""
+        return fn.linear(x_ND, self.weight("gate_up_proj", index), self.bias("gate_up_proj", index))
 
     def activate(self, gate_NW: Tensor, up_NW: Tensor) -> Tensor:
         """Return the family's own gated activation [N, W] of both halves, clamps included."""
@@ -81,12 +81,12 @@ class ExpertSite:
 
     def down(self, h_NW: Tensor, index: int, *, bias: bool = True) -> Float[Tensor, "N D"]:
         """Return one expert's output from its activation [N, W], its bias added if it has one."""
-        own = self._bias("down_proj_bias", index) if bias else None
-        return fn.linear(h_NW, self._weight("down_proj", index), own)
+        own = self.bias("down_proj", index) if bias else None
+        return fn.linear(h_NW, self.weight("down_proj", index), own)
 
     def apply(self, x_ND: Tensor, index: int) -> Float[Tensor, "N D"]:
         """Return E_e(x): one expert on every token, without its routing weight."""
-        return self.down(self.activate(*self.gate_up(x_ND, index)), index)
+        return self.down(self.activate(*self.halves(self.gate_up(x_ND, index))), index)
 
     def router_row(self, index: int) -> Float[Tensor, " D"] | None:
         """Return the router's weights for an expert, or None if the router is no matrix [E, D]."""
@@ -100,12 +100,22 @@ class ExpertSite:
             return None
         return cast(Tensor, weight)[index]
 
-    def _weight(self, name: str, index: int) -> Tensor:
+    def weight(self, name: str, index: int) -> Float[Tensor, "O I"]:
+        """Return an expert's "gate_up_proj" or "down_proj", a view."""
         weight = cast(Tensor, getattr(self.experts, name))[index]
         return weight.T if self.experts.is_transposed else weight
 
-    def _bias(self, name: str, index: int) -> Tensor | None:
-        return getattr(self.experts, name)[index] if self.experts.has_bias else None
+    def bias(self, name: str, index: int) -> Float[Tensor, " O"] | None:
+        """Return the bias of an expert's "gate_up_proj" or "down_proj", a view, if the family has them."""
+        return getattr(self.experts, f"{name}_bias")[index] if self.experts.has_bias else None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the activation is silu(gate) · up, of a gate that comes before up."""
+        own, experts = getattr(type(self.experts), "_apply_gate", None), self.experts
+        act = getattr(experts, "act_fn", None)
+        silu = act is fn.silu or isinstance(act, (nn.SiLU, SiLUActivation))
+        return own is _default_apply_gate and bool(experts.is_concatenated) and silu
 
     def halves(self, both: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
         """Return gate and up of what has both in the family's own layout."""

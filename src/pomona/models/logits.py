@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from pomona.models.attachment import Attachment
@@ -21,29 +21,29 @@ def labelled_logits(
 
     Token t of a row is predicted from position t − 1, so position 0 can carry no label. Z may be 0.
     """
+    predict_BT = torch.zeros_like(label_mask_BT, dtype=torch.bool)
+    predict_BT[:, :-1] = label_mask_BT[:, 1:]
     given = {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT, "use_cache": False}
-    return _thinned(model, label_mask_BT, given)
+    return _logits_at(model, predict_BT.flatten().nonzero().squeeze(1), given)
 
 
 def packed_logits(
-    model: nn.Module, ids_N: Int[Tensor, " N"], label_N: Bool[Tensor, " N"], packing: Packing
+    model: nn.Module, ids_N: Int[Tensor, " N"], token_Z: Int[Tensor, " Z"], packing: Packing
 ) -> Float[Tensor, "Z V"]:
-    """Return the logits that predict each labelled token of packed rows, whose first carries none."""
-    return _thinned(model, label_N.unsqueeze(0), packed_arguments(ids_N, packing))
+    """Return the logits that predict some tokens of packed rows, in their order; none may be a row's first."""
+    return _logits_at(model, token_Z - 1, packed_arguments(ids_N, packing))
 
 
-def _thinned(model: nn.Module, label_BT: Tensor, given: dict[str, Any]) -> Tensor:
-    """A hook thins the hidden states out just before the output embedding.
+def _logits_at(model: nn.Module, place_Z: Tensor, given: dict[str, Any]) -> Tensor:
+    """A hook takes the hidden states that are asked for just before the output embedding.
 
     Whatever a family does to its logits afterwards (scaling, soft-capping) stays as it is.
     """
-    predict_BT = torch.zeros_like(label_BT, dtype=torch.bool)
-    predict_BT[:, :-1] = label_BT[:, 1:]
 
-    def thin_out(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0][predict_BT].unsqueeze(0), *args[1:])
+    def take(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0].flatten(0, 1).index_select(0, place_Z).unsqueeze(0), *args[1:])
 
     head = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
-    with Attachment((head.register_forward_pre_hook(thin_out),)):  # pyright: ignore
+    with Attachment((head.register_forward_pre_hook(take),)):  # pyright: ignore
         output = model(**given)
-    return output.logits[0]
+    return output.logits.squeeze(0)

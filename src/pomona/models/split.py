@@ -9,11 +9,12 @@ client's tokens are padded to the most. Both compute the same.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as fn
 
 _ALIGNED = 16  # bytes between rows of what grouped products take
@@ -125,3 +126,55 @@ class Present:
                 f"{tokens} tokens of {clients} clients are not the pass's packed ones"
             )
         return self.split
+
+
+def frozen_products(
+    x_NI: Float[Tensor, "N I"], weights: Sequence[Float[Tensor, "O I"]], split: Split
+) -> Float[Tensor, "N O"]:
+    """Return every token times its own client's constant matrix: each is used where it lies, none is copied.
+
+    Neighbours with the same one share a product.
+    """
+    runs: list[tuple[Tensor, int]] = []
+    for weight, size in zip(weights, split.sizes, strict=True):
+        if runs and _same(runs[-1][0], weight):
+            runs[-1] = (weight, runs[-1][1] + size)
+        else:
+            runs.append((weight, size))
+    if len(runs) == 1:
+        return fn.linear(x_NI, weights[0])
+    return cast(
+        Tensor,
+        _FrozenProducts.apply(x_NI, [size for _, size in runs], *[weight for weight, _ in runs]),
+    )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr()
+
+
+class _FrozenProducts(torch.autograd.Function):
+    """Products that are written one after another where they belong: neither pass joins copies of parts."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NI: Tensor, sizes: Sequence[int], *weights: Tensor) -> Tensor:
+        ctx.sizes = sizes
+        ctx.save_for_backward(*weights)
+        return _written(x_NI, sizes, [weight.T for weight in weights])
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - the decorator hides names
+        ctx: Any, *pulls: Tensor
+    ) -> Any:
+        (pull_NO,) = pulls
+        weights = ctx.saved_tensors  # once: a checkpointed layer gives them away
+        return _written(pull_NO, ctx.sizes, weights), None, *(None for _ in weights)
+
+
+def _written(x_NI: Tensor, sizes: Sequence[int], weights_IO: Sequence[Tensor]) -> Tensor:
+    found_NO = x_NI.new_empty(len(x_NI), weights_IO[0].shape[1])
+    parts = zip(x_NI.split(sizes), found_NO.split(sizes), weights_IO, strict=True)
+    for own, into, weight_IO in parts:
+        torch.mm(own, weight_IO, out=into)
+    return found_NO

@@ -109,7 +109,8 @@ def _watching(site: ExpertSite, sum_E: Tensor) -> Callable[..., None]:
 def _utility(site: ExpertSite, expert: int, x_ND: Tensor, pull_ND: Tensor) -> Tensor:
     """Return Σ_W ‖∂L/∂W‖² / in(W) of one expert from its tokens and the gradient at its output."""
     with torch.enable_grad():
-        gate_NW, up_NW = (half.detach().requires_grad_() for half in site.gate_up(x_ND, expert))
+        halves = site.halves(site.gate_up(x_ND, expert))
+        gate_NW, up_NW = (half.detach().requires_grad_() for half in halves)
         inner_NW = site.activate(gate_NW, up_NW)
     pull_inner_NW = pull_ND @ site.expert(expert).down.detach()
     pulls = torch.autograd.grad(inner_NW, (gate_NW, up_NW), pull_inner_NW)
