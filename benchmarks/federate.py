@@ -27,6 +27,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from record import ROOT, commit, record
+from subjects import rootstock
 from transformers import AutoConfig
 
 from pomona.artifacts.figures import svg
@@ -34,7 +35,6 @@ from pomona.artifacts.finished import FinishedRun, load_runs
 from pomona.artifacts.run import RunDirectory
 from pomona.artifacts.table import BASE, Line, compare, differences
 from pomona.cli.console import console, print_table, progress_bars
-from pomona.data.texts import read_domains
 from pomona.federate import federate
 from pomona.federation.partition import ByCategory, Dirichlet, Partition
 from pomona.federation.settings import FederateSettings
@@ -42,8 +42,6 @@ from pomona.federation.strategies import Scaffold
 from pomona.files import write_text
 from pomona.progress import titled
 from pomona.recipe import dump, read_recipe
-from pomona.reconstruct import ReconstructSettings, reconstruct
-from pomona.reconstruction.retraining import ExpertStage, Retraining
 
 TASKS = ("closed_qa", "information_extraction", "classification", "summarization")
 LENGTH = 128
@@ -93,7 +91,7 @@ def main() -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("POMONA_DATA", str(ROOT.parent / "shared" / "data"))
     os.environ.setdefault("POMONA_MODELS", str(ROOT.parent / "shared" / "models"))
-    model = _mixture(options.out)
+    model = rootstock(options.out)
     seeds, rounds = ((0, 1), 4) if options.quick else ((0, 1, 2), 20)
     names = [options.setting] if options.setting else [*SETTINGS, CURVE]
     result = _recorded(options.json) if options.setting else {"rows": {}, "commits": {}}
@@ -154,21 +152,6 @@ def _options() -> argparse.Namespace:
     if options.method and options.setting in (None, CURVE):
         parser.error("--method needs a --setting with methods")
     return options
-
-
-def _mixture(out: Path) -> Path:
-    """Make the mixture that all methods tune: Pomona's defaults with 100,000 tokens of retraining."""
-    folder = out / "mixture"
-    if not folder.exists():
-        dense = Path(os.environ["POMONA_MODELS"]) / "rootstock-3m"
-        domains = read_domains(Path(os.environ["POMONA_DATA"]) / "calibration")
-        retrain = Retraining(experts=ExpertStage(tokens=100_000))
-        settings = ReconstructSettings(
-            experts=8, active=2, keep=0.25, windows=32, affinity_windows=8, retrain=retrain
-        )
-        with progress_bars() as progress:
-            reconstruct(dense, domains, folder, settings, progress)
-    return folder
 
 
 def _runs(

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from pomona.data.examples import Batch, Example, collate, pack
 from pomona.federation.cohort import FrozenBase
-from pomona.models.logits import packed_logits
+from pomona.models.logits import packed_predictions
 from pomona.models.packing import packing_of
 from pomona.models.routing import Routed, routed_by
 from pomona.models.split import Even, Split
 from pomona.shapes import PerClient
-from pomona.training.loss import answer_means, balance_losses, completion_losses
+from pomona.training.loss import balance_losses, client_means, completion_losses
 
 
 def client_losses(
@@ -51,13 +51,10 @@ def packed_losses(
     text_N = _of_texts(list(map(len, own)), packed.lengths).to(base.device)
     answer_A, text_T = ((label_N & which).nonzero().squeeze(1) for which in (~text_N, text_N))
     with routed_by(base.sites if router_loss else ()) as routed:
-        # Answers first, then texts: both parts are views, and nothing as wide as the vocabulary is copied.
-        logits_ZV = packed_logits(
-            base.model, packed.input_ids_N, torch.cat([answer_A, text_T]), packing
+        nats_A, texts_TV = packed_predictions(
+            base.model, packed.input_ids_N, answer_A, text_T, packing
         )
-    answers_AV, texts_TV = logits_ZV.split([len(answer_A), len(text_T)])
-    ids_A, client_A = packed.input_ids_N[answer_A], split.client_N[answer_A]
-    loss_C = answer_means(answers_AV, ids_A, client_A, clients)
+    loss_C = client_means(nats_A, split.client_N[answer_A], clients)
     loss_C = _balanced(loss_C, routed, ~text_N, split, router_loss)
     if said is None:
         return loss_C

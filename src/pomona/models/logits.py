@@ -1,14 +1,20 @@
 """Logits only where there is a label: the vocabulary projection is most of a small model's cost."""
 
-from typing import Any
+from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as fn
 
 from pomona.models.attachment import Attachment
+from pomona.models.nats import nats_of
 from pomona.models.packing import Packing, packed_arguments
 from pomona.shapes import AttentionMask, TokenMask, Tokens
+
+_HEAD_ENDS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""Whether a model's logits are what its output embedding gives, and nothing else, as its first pass told."""
 
 
 def labelled_logits(
@@ -27,11 +33,52 @@ def labelled_logits(
     return _logits_at(model, predict_BT.flatten().nonzero().squeeze(1), given)
 
 
-def packed_logits(
-    model: nn.Module, ids_N: Int[Tensor, " N"], token_Z: Int[Tensor, " Z"], packing: Packing
-) -> Float[Tensor, "Z V"]:
-    """Return the logits that predict some tokens of packed rows, in their order; none may be a row's first."""
-    return _logits_at(model, token_Z - 1, packed_arguments(ids_N, packing))
+def packed_predictions(
+    model: nn.Module,
+    ids_N: Int[Tensor, " N"],
+    scored_Z: Int[Tensor, " Z"],
+    said_Y: Int[Tensor, " Y"],
+    packing: Packing,
+) -> tuple[Float[Tensor, " Z"], Float[Tensor, "Y V"]]:
+    """Return the nats of the tokens at `scored` places of packed rows and the logits that predict those `said`.
+
+    None may be a row's first. Nats need no logits of all tokens at once where the output embedding has the last
+    word, which a family that scales or caps its logits does not leave to it.
+    """
+    given, counts = packed_arguments(ids_N, packing), [len(scored_Z), len(said_Y)]
+    place_X = torch.cat([scored_Z, said_Y]) - 1
+    head = cast(nn.Module, model.get_output_embeddings())  # pyright: ignore[reportCallIssue]
+    if type(head) is nn.Linear and not head.weight.requires_grad and _HEAD_ENDS.get(model, True):
+        hidden_XD, head_1V, logits_1V = _ended(model, place_X, given)
+        if model not in _HEAD_ENDS:  # told once: it is the family's
+            _HEAD_ENDS[model] = torch.equal(head_1V, logits_1V)
+        if _HEAD_ENDS[model]:
+            hidden_ZD, hidden_YD = hidden_XD.split(counts)
+            return nats_of(hidden_ZD, head, ids_N[scored_Z]), head(hidden_YD)
+    # Two views: nothing as wide as the vocabulary is copied.
+    logits_ZV, said_YV = _logits_at(model, place_X, given).split(counts)
+    return fn.cross_entropy(logits_ZV.float(), ids_N[scored_Z], reduction="none"), said_YV
+
+
+def _ended(
+    model: nn.Module, place_X: Tensor, given: dict[str, Any]
+) -> tuple[Float[Tensor, "X D"], Float[Tensor, "1 V"], Float[Tensor, "1 V"]]:
+    """Return the last hidden states at some places, and of the first token what the head and the model make."""
+    hidden: list[Tensor] = []
+    ends: list[Tensor] = []
+
+    def take(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden.append(args[0].flatten(0, 1).index_select(0, place_X))
+        return (args[0][:1, :1].detach(), *args[1:])
+
+    def told(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
+        ends.append(output)
+
+    head = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    hooks = (head.register_forward_pre_hook(take), head.register_forward_hook(told))  # pyright: ignore
+    with Attachment(hooks):
+        output = model(**given)
+    return hidden[0], ends[0][0], output.logits[0]
 
 
 def _logits_at(model: nn.Module, place_Z: Tensor, given: dict[str, Any]) -> Tensor:

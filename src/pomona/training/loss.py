@@ -41,16 +41,7 @@ def completion_losses(
     logits_ZV = labelled_logits(model, input_ids_BT, attention_mask_BT, label_mask_BT)
     row_Z, column_Z = label_mask_BT.nonzero(as_tuple=True)
     client_Z = row_Z // (len(input_ids_BT) // clients)
-    return answer_means(logits_ZV, input_ids_BT[row_Z, column_Z], client_Z, clients)
-
-
-def answer_means(
-    logits_ZV: Float[Tensor, "Z V"],
-    token_Z: Int[Tensor, " Z"],
-    client_Z: Int[Tensor, " Z"],
-    clients: int,
-) -> PerClient:
-    """Return each client's mean nats of its answer tokens [C]; a client without any gets zero."""
+    token_Z = input_ids_BT[row_Z, column_Z]
     nats_Z = fn.cross_entropy(logits_ZV.float(), token_Z, reduction="none")
     return client_means(nats_Z, client_Z, clients)
 
