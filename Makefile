@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 WORKERS ?= 2
 
-.PHONY: demo test test-slow interop demo-seeds reconstruct federate memory check format lint types layers clean
+.PHONY: demo test test-slow interop demo-seeds reconstruct federate memory simulate check format lint types layers clean
 
 demo: $(STAMP)
 	$(BIN)/pomona demo
@@ -31,6 +31,9 @@ federate: $(STAMP)
 
 memory: $(STAMP)
 	$(BIN)/python benchmarks/memory.py
+
+simulate: $(STAMP)
+	$(BIN)/python benchmarks/simulate.py
 
 demo-seeds: $(STAMP)
 	$(BIN)/python benchmarks/demo.py

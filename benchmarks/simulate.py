@@ -6,7 +6,8 @@
 Every client takes the same steps on its own rows of Dolly: `rows` of at most `tokens` tokens a step, of ragged
 length, answers included. Subjects: `rootstock-3m` made into a mixture (vocabulary 4,096) and a Mixtral of 24
 million random weights (32,000). All begin with the same adapter; the losses of every step and the mean adapter
-have to agree. Repeats are interleaved, the median counts; ratios are those of one run on one machine.
+have to agree. Repeats are interleaved, the median counts; what others do one after another is measured with
+one thread and with all, and the faster counts. Ratios are those of one run on one machine.
 """
 
 import argparse
@@ -29,7 +30,8 @@ from pomona.data.examples import Example, collate, encode, padding_id
 from pomona.data.rows import read_rows
 from pomona.data.templates import Alpaca
 from pomona.federation.cohort import FrozenBase
-from pomona.federation.local import LocalTraining, train_cohort
+from pomona.federation.local import LocalTraining
+from pomona.federation.replicas import Replicas, replicas_of
 from pomona.federation.sampling import batches
 from pomona.federation.stage import Task
 from pomona.federation.strategies import FedAvg
@@ -44,6 +46,7 @@ RATE, SEED = 1e-3, 0
 LORA = LoRA(rank=8, alpha=16)
 ROWS_OF_A_CLIENT = 32
 PREFIX = "base_model.model."
+COHORT, ONE_BY_ONE, PEFT_LOOP = "cohort", "one by one", "PEFT loop"
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def main() -> None:
     options = _options()
     os.environ.setdefault("POMONA_DATA", str(ROOT.parent / "shared" / "data"))
     os.environ.setdefault("POMONA_MODELS", str(ROOT.parent / "shared" / "models"))
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads)  # before the replicas are counted
     rows: list[dict[str, Any]] = []
     for subject in options.subject or SUBJECTS:
         folder = SUBJECTS[subject](options.out)
@@ -94,7 +97,7 @@ def main() -> None:
             for batch in options.rows:
                 for tokens in options.tokens:
                     work = _work(subject, folder, clients, batch, tokens, options.steps)
-                    rows.append(_measured(folder, work, options.repeats))
+                    rows.append(_measured(folder, work, options.repeats, options.threads))
     columns = [
         "subject",
         "C",
@@ -145,9 +148,9 @@ def _work(subject: str, folder: Path, clients: int, batch: int, tokens: int, ste
     return Work(subject, batch, tokens, steps, examples, padding_id(tokenizer))
 
 
-def _measured(folder: Path, work: Work, repeats: int) -> dict[str, Any]:
+def _measured(folder: Path, work: Work, repeats: int, threads: int) -> dict[str, Any]:
     """Return one size's times, ratios and how far the results are apart."""
-    ways = _ways(folder, work)
+    ways = _ways(folder, work, threads)
     done = {name: way() for name, way in ways.items()}  # the first round of each warms up
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
@@ -168,16 +171,19 @@ def _measured(folder: Path, work: Work, repeats: int) -> dict[str, Any]:
         )
         / len(drawn),
         "seconds": seconds,
-        "times_faster": {name: median[name] / median["cohort"] for name in median},
-        "adapters_apart": max(_apart(done["cohort"].mean, other.mean) for other in done.values()),
+        "times_faster": {
+            peer: min(own for name, own in median.items() if name.startswith(peer)) / median[COHORT]
+            for peer in (ONE_BY_ONE, PEFT_LOOP)
+        },
+        "adapters_apart": max(_apart(done[COHORT].mean, other.mean) for other in done.values()),
         "losses_apart": max(
-            float((torch.tensor(done["cohort"].losses) - torch.tensor(other.losses)).abs().max())
+            float((torch.tensor(done[COHORT].losses) - torch.tensor(other.losses)).abs().max())
             for other in done.values()
         ),
     }
 
 
-def _ways(folder: Path, work: Work) -> dict[str, Callable[[], Done]]:
+def _ways(folder: Path, work: Work, threads: int) -> dict[str, Callable[[], Done]]:
     model = load_model(folder, "float32")
     freeze(model)
     base = FrozenBase(model, LORA, packs=can_pack(model, work.tokens))
@@ -191,21 +197,32 @@ def _ways(folder: Path, work: Work) -> dict[str, Callable[[], Done]]:
         named = {n.removeprefix(PREFIX).removesuffix(".weight"): v for n, v in mean.items()}
         return Done(named, losses)
 
-    return {
-        "cohort": lambda: _trained(base, work, first, len(work.examples)),
-        "one by one": lambda: _trained(base, work, first, 1),
-        "PEFT loop": peft_loop,
+    def on(threads: int, way: Callable[[], Done]) -> Callable[[], Done]:
+        def run() -> Done:
+            torch.set_num_threads(threads)
+            return way()
+
+        return run
+
+    replicas, size = replicas_of(base), len(work.examples)
+    ways: dict[str, Callable[[], Done]] = {
+        COHORT: on(threads, lambda: _trained(replicas, work, first, size))
     }
+    alone = Replicas((base,))
+    for count in sorted({1, threads}):
+        ways[f"{ONE_BY_ONE}, {count} threads"] = on(count, lambda: _trained(alone, work, first, 1))
+        ways[f"{PEFT_LOOP}, {count} threads"] = on(count, peft_loop)
+    return ways
 
 
-def _trained(base: FrozenBase, work: Work, first: Mapping[str, Tensor], size: int) -> Done:
+def _trained(replicas: Replicas, work: Work, first: Mapping[str, Tensor], size: int) -> Done:
     """Train all clients in cohorts of a size and average."""
     tasks = [Task(_name(c), ClientState(first), own) for c, own in enumerate(work.examples)]
     trained = [
         one
         for start in range(0, len(tasks), size)
-        for one in train_cohort(
-            base, tasks[start : start + size], work.training, FedAvg(), SEED, 1, 1, work.pad_id
+        for one in replicas.train(
+            tasks[start : start + size], work.training, FedAvg(), SEED, 1, 1, work.pad_id
         )
     ]
     adapters = [one.state.adapter for one in trained]
@@ -235,10 +252,10 @@ def _bars(rows: Sequence[Mapping[str, Any]]):
         faster, tokens = row["times_faster"], row["tokens_of_a_step"]
         at_16 = row["clients"] == 16
         peft = 3.0 if at_16 and row["rows"] <= 2 else 1.0
-        yield _bar(f"{size}: times the PEFT loop", faster["PEFT loop"], peft)
+        yield _bar(f"{size}: times the PEFT loop", faster[PEFT_LOOP], peft)
         if at_16 and tokens <= 256:
             least = 2.0 if tokens <= 128 else 1.4
-            yield _bar(f"{size}: times one by one", faster["one by one"], least)
+            yield _bar(f"{size}: times one by one", faster[ONE_BY_ONE], least)
 
 
 def _bar(name: str, value: float, bar: float) -> dict[str, Any]:
@@ -253,9 +270,9 @@ def _shown(row: Mapping[str, Any]) -> list[str]:
         str(row["rows"]),
         str(row["tokens"]),
         f"{row['tokens_of_a_step']:.0f}",
-        f"{statistics.median(row['seconds']['cohort']):.2f}",
-        f"{faster['one by one']:.2f}",
-        f"{faster['PEFT loop']:.2f}",
+        f"{statistics.median(row['seconds'][COHORT]):.2f}",
+        f"{faster[ONE_BY_ONE]:.2f}",
+        f"{faster[PEFT_LOOP]:.2f}",
         f"{row['adapters_apart']:.0e}",
     ]
 

@@ -16,6 +16,7 @@ from pomona.reconstruct import ReconstructSettings, reconstruct
 from pomona.reconstruction.retraining import ExpertStage, Retraining
 
 WORDS = 32_000
+ENDS = (("bos", "s"), ("eos", "/s"), ("pad", "pad"))
 
 
 def material() -> Path:
@@ -54,9 +55,10 @@ def wide_vocabulary(out: Path) -> Path:
         num_experts_per_tok=2,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **{
+            f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<{which}>")
+            for name, which in ENDS
+        },
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -19,6 +19,7 @@ from pomona.federation.cohort import FrozenBase
 from pomona.federation.forgetting import held_out_windows
 from pomona.federation.holdings import Holdings
 from pomona.federation.rehearsal import first_token
+from pomona.federation.replicas import Replicas, replicas_of
 from pomona.federation.settings import FederateSettings
 from pomona.federation.update import ClientState, join
 from pomona.models.experts import (
@@ -45,7 +46,7 @@ class Federation:
 
     settings: FederateSettings
     run: RunDirectory
-    base: FrozenBase
+    replicas: Replicas
     tokenizer: PreTrainedTokenizerBase
     pad_id: int
     rows: Mapping[str, ClientRows]
@@ -59,6 +60,11 @@ class Federation:
     holdings: Holdings
     server_first: Mapping[str, Tensor]
     client_first: ClientState
+
+    @property
+    def base(self) -> FrozenBase:
+        """The frozen base on which everything but training happens."""
+        return self.replicas.bases[0]
 
     def private(self, snapshot: Snapshot, client: str) -> ClientState:
         """Return what a client keeps for itself, as of a snapshot: as it has trained it, or newborn."""
@@ -117,7 +123,7 @@ def prepare(
     return Federation(
         settings,
         run,
-        base,
+        replicas_of(base),
         tokenizer,
         padding_id(tokenizer),
         rows,

@@ -12,7 +12,7 @@ from pomona.federate.early_stop import held_back_losses, stopped
 from pomona.federate.evaluate import evaluate
 from pomona.federate.prepare import Federation
 from pomona.federation.dp_sgd import row_epsilon, steps_of
-from pomona.federation.local import LocalTraining, Trained, train_cohort
+from pomona.federation.local import LocalTraining, Trained
 from pomona.federation.measure import communication
 from pomona.federation.privacy import epsilon, noise_key, protect
 from pomona.federation.settings import Finish
@@ -127,8 +127,7 @@ def _train(
             )
             for name in names[start : start + settings.cohort]
         ]
-        trained = train_cohort(
-            federation.base,
+        trained = federation.replicas.train(
             tasks,
             training,
             strategy or settings.strategy,
