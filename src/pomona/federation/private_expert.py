@@ -59,21 +59,20 @@ class PrivateExpert:
         """
         # Both activations in float32, as what is trained, or a bfloat16 base would round only one.
         both_NX = self._resident("gate_up_proj", x_ND, split).to(self._dtype)
-        own_NW, moved_NW = self._activations(both_NX, self._trained(x_ND, ("gate", "up"), split))
-        through_NW = moved_NW if self.delta else own_NW
+        own_NW, through_NW = self._activations(both_NX, self._trained(x_ND, ("gate", "up"), split))
         down_ND = self._resident("down_proj", through_NW.to(x_ND.dtype), split, not self.delta)
         (more_ND,) = self._trained(own_NW, ("down",), split)
         return down_ND + more_ND
 
     def _activations(self, both_NX: Tensor, more: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the private expert's activation [N, W] and by how much it differs from the resident's."""
+        """Return the private expert's activation [N, W], and what of it goes through the resident `down`."""
         site = self.site
-        if site.plain:
+        if self.delta and site.plain:
             return gated_pair(both_NX, both_NX + torch.cat(list(more), dim=1))
         # Laid out alike: some kernels round strided values in another way, and birth would not be silent.
         gate_NW, up_NW = (half.contiguous() for half in site.halves(both_NX))
         own_NW = site.activate(gate_NW + more[0], up_NW + more[1])
-        return own_NW, own_NW - site.activate(gate_NW, up_NW)
+        return own_NW, own_NW - site.activate(gate_NW, up_NW) if self.delta else own_NW
 
     @property
     def _dtype(self) -> torch.dtype:
