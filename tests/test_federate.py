@@ -18,7 +18,7 @@ from conftest import now_and_then
 from safetensors.torch import load_file, save
 from transformers import AutoModelForCausalLM
 
-from pomona.artifacts import publish, shared_format
+from pomona.artifacts import checkpoint, publish, shared_format
 from pomona.artifacts import run as run_module
 from pomona.artifacts.graft_format import read_graft
 from pomona.artifacts.run import RunDirectory
@@ -175,7 +175,8 @@ class Stopped(BaseException):
 
 
 WRITES = [
-    (run_module, "write_tensors"),
+    (checkpoint, "write_tensors"),
+    (checkpoint, "write_json"),
     (run_module, "write_json"),
     (run_module, "write_text"),
     (shared_format, "write_adapter"),

@@ -1,24 +1,21 @@
 """The run directory: everything a federation has done, and enough to go on after any interruption.
 
-A round is committed by replacing one small file, `checkpoint/state.json`; whatever a killed process
-left beside it is not referred to and is overwritten or removed. Metrics are appended and cut back to
-their committed length on resume, so that an interrupted run ends with the same bytes as one that was
-not.
+Rounds are committed in `checkpoint/` (`artifacts.checkpoint`). Metrics are appended and cut back to their
+committed length on resume, so that an interrupted run ends with the same bytes as one that was not.
 """
 
 import json
 import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
-from urllib.parse import quote
 
 from pydantic_core import from_json
-from torch import Tensor
 
 from pomona.artifacts.about import read_about, write_about
+from pomona.artifacts.checkpoint import Checkpoint, Snapshot
 from pomona.artifacts.inputs import Inputs, difference
 from pomona.artifacts.results import FORGETTING, SPEED, TASKS, SpeedFile, read_results
 from pomona.errors import PomonaError
@@ -34,41 +31,9 @@ from pomona.files import (
     write_json,
     write_text,
 )
-from pomona.models.weights import read_tensors, write_tensors
 
-_EXPERTS = "experts.json"
+_CHECKPOINT = "checkpoint"
 _KEPT = ("recipe.toml", "inputs.json", "metrics.jsonl", "answers.jsonl")
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """The last committed round.
-
-    `experts` [sites][grafts] are what every client's grafts grow from, `clients` the files of those who have
-    trained: the others are as they are born, and cost nothing but their choice.
-    """
-
-    round: int
-    server: ServerState
-    experts: Mapping[str, Sequence[Sequence[int]]] = field(repr=False)
-    clients: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)
-
-
-@dataclass(frozen=True)
-class _State:
-    """checkpoint/state.json: the files of the last committed round."""
-
-    round: int
-    metrics_bytes: int
-    server: str
-    clients: dict[str, str]
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """checkpoint/experts.json: written once, before the first round."""
-
-    experts: dict[str, list[list[int]]]
 
 
 @dataclass(frozen=True)
@@ -110,7 +75,7 @@ class RunDirectory:
         for partial in path.rglob(".*.partial"):  # only now is it known to be ours
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
         if (path / "results.json").is_file():
-            shutil.rmtree(path / "checkpoint", ignore_errors=True)
+            shutil.rmtree(path / _CHECKPOINT, ignore_errors=True)
 
     def __enter__(self) -> Self:
         return self
@@ -129,7 +94,7 @@ class RunDirectory:
         Raises `PomonaError` naming the file or client that has changed.
         """
         path = self.path / "inputs.json"
-        if not self.finished and not (self.path / "checkpoint" / "state.json").is_file():
+        if not self.finished and not self.checkpoint.begun:
             write_json(path, asdict(inputs))  # nothing is computed yet
             return
         if not path.is_file():
@@ -141,35 +106,22 @@ class RunDirectory:
                 "folder to start anew"
             )
 
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The last committed round on disk."""
+        return Checkpoint(self.path / _CHECKPOINT)
+
     def snapshot(self, clients: Collection[str]) -> Snapshot | None:
         """Return the last committed round, or None for a new run; forget what came after it.
 
         Raises `PomonaError` when what is there is damaged, or does not tell of every one of `clients`.
         """
-        state = self._read_state()
-        if state is None:
+        if not self.checkpoint.begun:
             (self.path / "metrics.jsonl").unlink(missing_ok=True)
             return None
-        self._cut_metrics(state.metrics_bytes)
-        tensors = read_tensors(self.path / "checkpoint" / state.server)
-        server = ServerState(_part(tensors, "shared"), _part(tensors, "memory"))
-        path = self.path / "checkpoint" / _EXPERTS
-        if not path.is_file():
-            raise PomonaError(
-                f"{path} is missing, without which the run cannot go on; restore it or choose a new folder"
-            )
-        experts = read_as(path, _Choice).experts
-        missing = sorted({*clients, *state.clients} - experts.keys())
-        if missing:
-            raise damaged(path, f'it lacks the client "{missing[0]}"')
-        return Snapshot(state.round, server, experts, state.clients)
-
-    def client(self, snapshot: Snapshot, name: str) -> ClientState | None:
-        """Return a client's private state as of a snapshot, or None if it has not trained yet."""
-        if name not in snapshot.clients:
-            return None
-        tensors = read_tensors(self.path / "checkpoint" / snapshot.clients[name])
-        return ClientState(*(_part(tensors, part.name) for part in fields(ClientState)))
+        snapshot = self.checkpoint.read(clients)
+        self._cut_metrics(snapshot.metrics_bytes)
+        return snapshot
 
     def begin(
         self,
@@ -178,8 +130,7 @@ class RunDirectory:
         metrics: Sequence[Mapping[str, Any]],
     ) -> Snapshot:
         """Make round 0 final: what the server has, and the experts that clients' grafts will grow from."""
-        chosen = {name: [list(own) for own in sites] for name, sites in experts.items()}
-        write_json(self.path / "checkpoint" / _EXPERTS, asdict(_Choice(chosen)))
+        self.checkpoint.choose(experts)
         return self.commit(Snapshot(0, server, experts), 0, server, {}, metrics)
 
     def commit(
@@ -190,28 +141,9 @@ class RunDirectory:
         clients: Mapping[str, ClientState],
         metrics: Sequence[Mapping[str, Any]],
     ) -> Snapshot:
-        """Make a round final: new files first, then the one rename that makes them count."""
-        folder = self.path / "checkpoint"
-        files = dict(previous.clients)
-        for name, state in clients.items():
-            files[name] = f"{quote(name, safe='')}.{round_}.safetensors"
-            tensors: dict[str, Tensor] = {}
-            for part in fields(ClientState):
-                tensors |= _named(part.name, getattr(state, part.name))
-            write_tensors(folder / files[name], tensors, {"round": str(round_)})
-        server_file = _server_file(round_)
-        write_tensors(
-            folder / server_file,
-            _named("shared", server.shared) | _named("memory", server.memory),
-            {"round": str(round_)},
-        )
+        """Make a round final with what was measured in it."""
         length = self._append("metrics.jsonl", metrics)
-        write_json(folder / "state.json", asdict(_State(round_, length, server_file, files)))
-        kept = {*files.values(), server_file, _EXPERTS, "state.json"}
-        for stale in folder.iterdir():
-            if stale.name not in kept:
-                stale.unlink()
-        return Snapshot(round_, server, previous.experts, files)
+        return self.checkpoint.commit(previous, round_, server, clients, length)
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return what was measured so far."""
@@ -251,7 +183,7 @@ class RunDirectory:
         kept = (*_KEPT, *(name for name in (FORGETTING, TASKS) if (self.path / name).is_file()))
         files = {name: digest_of(self.path / name) for name in kept}
         write_json(self.path / "results.json", {**results, "files": files})
-        shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
+        shutil.rmtree(self.path / _CHECKPOINT, ignore_errors=True)
         return self.results()
 
     def results(self) -> dict[str, Any]:
@@ -261,15 +193,6 @@ class RunDirectory:
     def _write_lines(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_text(self.path / name, text)
-
-    def _read_state(self) -> _State | None:
-        path = self.path / "checkpoint" / "state.json"
-        if not path.is_file():
-            return None
-        state = read_as(path, _State)
-        if state.server != _server_file(state.round):
-            raise damaged(path, f"round {state.round} has no file {state.server}")
-        return state
 
     def _cut_metrics(self, length: int) -> None:
         """Forget what was appended after the last committed round."""
@@ -295,19 +218,6 @@ class RunDirectory:
                 return file.tell()
         except OSError as error:
             raise cannot_write(path, error) from error
-
-
-def _server_file(round_: int) -> str:
-    return f"server.{round_}.server.safetensors"
-
-
-def _named(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{part}/{name}": value for name, value in tensors.items()}
-
-
-def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
-    prefix = f"{part}/"
-    return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
 
 
 def _unbegun(path: Path) -> bool:

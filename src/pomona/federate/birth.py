@@ -1,6 +1,6 @@
 """Before the first round: every client chooses the experts that its grafts grow from."""
 
-from pomona.artifacts.run import Snapshot
+from pomona.artifacts.checkpoint import Snapshot
 from pomona.data.examples import collate
 from pomona.federate.evaluate import loss_line, measured
 from pomona.federate.prepare import Federation

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pomona.artifacts.run import Snapshot
+from pomona.artifacts.checkpoint import Snapshot
 from pomona.federate.evaluate import served
 from pomona.federate.prepare import Federation
 from pomona.federation.measure import loss_summary, losses_of

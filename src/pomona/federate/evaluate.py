@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pomona.artifacts.run import Snapshot
+from pomona.artifacts.checkpoint import Snapshot
 from pomona.errors import PomonaError
 from pomona.federate.prepare import Federation
 from pomona.federation.measure import Measured, measured_of

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from pomona.artifacts.checkpoint import Snapshot
 from pomona.artifacts.origin import origin_of
 from pomona.artifacts.publish import publish_client, publish_shared
 from pomona.artifacts.results import assemble_results
-from pomona.artifacts.run import Snapshot
 from pomona.federate.evaluate import loss_line, measured, models_of
 from pomona.federate.prepare import Federation
 from pomona.federation.cost import cost_of

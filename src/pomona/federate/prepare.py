@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pomona.artifacts.run import RunDirectory, Snapshot
+from pomona.artifacts.checkpoint import Snapshot
+from pomona.artifacts.run import RunDirectory
 from pomona.data.encoded import cache_folder, encode_groups
 from pomona.data.examples import Example, padding_id
 from pomona.errors import PomonaError
@@ -68,7 +69,7 @@ class Federation:
 
     def private(self, snapshot: Snapshot, client: str) -> ClientState:
         """Return what a client keeps for itself, as of a snapshot: as it has trained it, or newborn."""
-        return self.run.client(snapshot, client) or replace(
+        return self.run.checkpoint.client(snapshot, client) or replace(
             self.client_first,
             graft=self.base.init_graft(self.settings.seed, client, snapshot.experts[client]),
             personal=self.base.init_personal(self.settings.seed, client),

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pomona.artifacts.run import Snapshot
+from pomona.artifacts.checkpoint import Snapshot
 from pomona.federate.early_stop import held_back_losses, stopped
 from pomona.federate.evaluate import evaluate
 from pomona.federate.prepare import Federation
