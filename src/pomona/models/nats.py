@@ -12,10 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-_LOGITS_AT_ONCE = {
-    "cpu": 1 << 19
-}  # what stays in a core's cache; other devices want large products
-_LOGITS_ELSEWHERE = 1 << 26
+_LOGITS_ON_CPU = 1 << 19  # what stays in a core's cache
+_LOGITS_ELSEWHERE = 1 << 26  # other devices want large products
 _LEAST = 64  # tokens for which it pays to read the whole embedding
 
 
@@ -58,4 +56,5 @@ class _Nats(torch.autograd.Function):
 
 
 def _tokens_at_once(device: torch.device, vocabulary: int) -> int:
-    return max(_LEAST, _LOGITS_AT_ONCE.get(device.type, _LOGITS_ELSEWHERE) // vocabulary)
+    at_once = _LOGITS_ON_CPU if device.type == "cpu" else _LOGITS_ELSEWHERE
+    return max(_LEAST, at_once // vocabulary)
