@@ -30,7 +30,7 @@ from pomona.data.examples import Example, collate, encode, padding_id
 from pomona.data.rows import read_rows
 from pomona.data.templates import Alpaca
 from pomona.federation.cohort import FrozenBase
-from pomona.federation.local import LocalTraining
+from pomona.federation.local import LocalTraining, Trained, train_cohort
 from pomona.federation.replicas import Replicas, replicas_of
 from pomona.federation.sampling import batches
 from pomona.federation.stage import Task
@@ -218,13 +218,12 @@ def _ways(folder: Path, work: Work, threads: int) -> dict[str, Callable[[], Done
 def _trained(replicas: Replicas, work: Work, first: Mapping[str, Tensor], size: int) -> Done:
     """Train all clients in cohorts of a size and average."""
     tasks = [Task(_name(c), ClientState(first), own) for c, own in enumerate(work.examples)]
-    trained = [
-        one
-        for start in range(0, len(tasks), size)
-        for one in replicas.train(
-            tasks[start : start + size], work.training, FedAvg(), SEED, 1, 1, work.pad_id
-        )
-    ]
+
+    def train(base: FrozenBase, cohort: Sequence[Task]) -> list[Trained]:
+        return train_cohort(base, cohort, work.training, FedAvg(), SEED, 1, 1, work.pad_id)
+
+    cohorts = [tasks[start : start + size] for start in range(0, len(tasks), size)]
+    trained = [one for cohort in cohorts for one in replicas.map(train, cohort)]
     adapters = [one.state.adapter for one in trained]
     mean = {name: torch.stack([own[name] for own in adapters]).mean(0) for name in first}
     return Done(mean, [one.losses for one in trained])

@@ -110,7 +110,7 @@ def on_rows(
     told = _Steps(progress, len(encoded))
     for start in range(0, len(encoded), evaluation.batch):
         batch, examples = zip(*encoded[start : start + evaluation.batch], strict=True)
-        losses += losses_of(base, state, examples, pad_id, evaluation)
+        losses += losses_of(base, [state], [examples], pad_id, len(examples))[0]
         if new_tokens > 0:
             said += answers_of(base, [state], [batch], tokenizer, form, length, evaluation)[0]
         told.step(len(batch))

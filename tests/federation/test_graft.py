@@ -106,7 +106,8 @@ def test_openness_is_measured_per_layer_over_real_tokens(graft):
     handles = [
         site.experts.register_forward_hook(lambda m, a, o: seen.append(a)) for site in base.sites
     ]
-    with measure_gates(base.sites, graft, state.graft, mask.flatten()) as gates, torch.no_grad():
+    stacked = stack([state]).graft
+    with measure_gates(base.sites, graft, stacked, mask_BT=mask) as gates, torch.no_grad():
         base.model(input_ids=TOKENS, use_cache=False)
     for handle in handles:
         handle.remove()
@@ -122,8 +123,8 @@ def test_openness_is_measured_per_layer_over_real_tokens(graft):
                 open_N = torch.sigmoid(x @ own["gate"] + own.get("gate_bias", 0.0))
             means.append(open_N[mask.flatten()].mean())
         expected.append(float(torch.stack(means).mean()))
-    assert gates == pytest.approx(expected, rel=1e-5)
-    assert len(gates) == len(base.sites)
+    assert gates.mean_LC[:, 0].tolist() == pytest.approx(expected, rel=1e-5)
+    assert gates.mean_LC.shape == (len(base.sites), 1)
 
 
 def test_what_a_graft_trains_and_how_it_is_called():

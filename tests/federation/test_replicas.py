@@ -24,6 +24,10 @@ TRAINING = LocalTraining(steps=2, batch=2)
 REST = (TRAINING, FedAvg(), 0, 1, 1, 0)
 
 
+def trained(base, tasks):
+    return train_cohort(base, tasks, *REST)
+
+
 @pytest.fixture(autouse=True)
 def three_threads():
     before = torch.get_num_threads()
@@ -83,7 +87,7 @@ def same(ours, theirs, close=False):
 def test_side_by_side_is_one_after_another_bit_for_bit(family, checkpointing):
     base = base_of(family, checkpointing)
     tasks = tasks_of(base, 7)
-    found = replicas_of(base).train(tasks, *REST)
+    found = replicas_of(base).map(trained, tasks)
     torch.set_num_threads(1)
     apart = [train_cohort(base, part, *REST) for part in (tasks[:2], tasks[2:4], tasks[4:])]
     same(found, [one for part in apart for one in part])
@@ -94,7 +98,7 @@ def test_side_by_side_is_one_after_another_bit_for_bit(family, checkpointing):
 def test_clients_fewer_than_threads(clients):
     base = base_of()
     tasks = tasks_of(base, clients)
-    found = replicas_of(base).train(tasks, *REST)
+    found = replicas_of(base).map(trained, tasks)
     assert torch.get_num_threads() == 3
     torch.set_num_threads(3 // clients)
     same(found, [one for task in tasks for one in train_cohort(base, [task], *REST)])
@@ -120,5 +124,5 @@ def test_who_diverges_is_named_and_threads_are_given_back():
     poisoned = {n: torch.full_like(v, float("inf")) for n, v in tasks[3].state.personal.items()}
     tasks[3] = replace(tasks[3], state=replace(tasks[3].state, personal=poisoned))
     with pytest.raises(PomonaError, match='"client 3" diverged in round 1'):
-        replicas_of(base).train(tasks, *REST)
+        replicas_of(base).map(trained, tasks)
     assert torch.get_num_threads() == 3

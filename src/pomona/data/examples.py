@@ -24,6 +24,11 @@ class Example:
     input_ids: tuple[int, ...] = field(repr=False)
     prompt_length: int
 
+    @property
+    def answer_tokens(self) -> int:
+        """How many tokens are labels; the first of a row, which nothing predicts, is none."""
+        return len(self.input_ids) - max(self.prompt_length, 1)
+
 
 @dataclass(frozen=True)
 class Batch:

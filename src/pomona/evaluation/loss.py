@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as fn
 
-from pomona.data.examples import Example, collate
-from pomona.models.logits import labelled_logits
+from pomona.data.examples import Example, collate, pack
+from pomona.models.logits import labelled_logits, packed_predictions
+from pomona.models.packing import packing_of
 from pomona.models.placement import device_of
 from pomona.shapes import AttentionMask, Tokens
 
@@ -57,6 +58,33 @@ def answer_losses(
         for i, nats_row in zip(chosen, nats_Z.split(tokens_B), strict=True):
             losses[i] = RowLoss(float(nats_row.double().sum()), len(nats_row))
     return [losses[i] for i in range(len(examples))]
+
+
+@torch.no_grad()
+def packed_answer_losses(
+    model: torch.nn.Module, rows: Sequence[Sequence[Example]], batch_size: int = 32
+) -> list[list[RowLoss]]:
+    """Return the answer loss of every client's rows, of all clients' in passes of up to `batch_size` rows.
+
+    Rows are client-major and packed: what is hooked on for a cohort gives each client's its own parameters.
+    The model must be ready for packed passes (`models.packing.can_pack`). The twin is `answer_losses`.
+    """
+    orders = [sorted(range(len(own)), key=lambda i: len(own[i].input_ids)) for own in rows]
+    each, device = max(1, batch_size // len(rows)), device_of(model)
+    losses: list[dict[int, RowLoss]] = [{} for _ in rows]
+    for start in range(0, max(map(len, orders)), each):
+        chosen = [order[start : start + each] for order in orders]
+        packed = pack([[own[i] for i in some] for own, some in zip(rows, chosen, strict=True)]).to(
+            device
+        )
+        answer_A = packed.label_N.nonzero().squeeze(1)
+        packing = packing_of(packed.lengths, device)
+        nats_A, _ = packed_predictions(model, packed.input_ids_N, answer_A, answer_A[:0], packing)
+        flat = [(c, i) for c, some in enumerate(chosen) for i in some]
+        tokens = [rows[c][i].answer_tokens for c, i in flat]
+        for (c, i), nats_row in zip(flat, nats_A.split(tokens), strict=True):
+            losses[c][i] = RowLoss(float(nats_row.double().sum()), len(nats_row))
+    return [[own[i] for i in range(len(own))] for own in losses]
 
 
 def text_loss(model: torch.nn.Module, windows_BT: Tokens, batch_size: int = 16) -> float:

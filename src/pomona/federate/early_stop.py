@@ -6,9 +6,11 @@ from typing import Any
 from torch import Tensor
 
 from pomona.artifacts.checkpoint import Snapshot
-from pomona.federate.evaluate import served
+from pomona.evaluation.loss import RowLoss
+from pomona.federate.evaluate import models_of, served, side_by_side
 from pomona.federate.prepare import Federation
-from pomona.federation.measure import loss_summary, losses_of
+from pomona.federation.cohort import FrozenBase
+from pomona.federation.measure import Models, loss_summary, losses_of
 from pomona.federation.update import ClientState
 
 _HELD_BACK = "held back"
@@ -25,14 +27,21 @@ def held_back_losses(
     settings, stop = federation.settings, federation.settings.early_stop
     if stop is None or round_ % stop.every or round_ > settings.rounds:
         return []
+
+    def losses(base: FrozenBase, models: Models) -> list[list[RowLoss]]:
+        rows = [federation.held_back[name] for name in models.clients]
+        batch = settings.evaluation.batch
+        return losses_of(base, models.states, rows, federation.pad_id, batch)
+
     lines: list[dict[str, Any]] = []
-    for name, examples in federation.held_back.items():
-        if name in settings.newcomers:
-            continue
-        own = private.get(name) or federation.private(snapshot, name)
-        state = served(federation, name, shared, own)
-        losses = losses_of(federation.base, state, examples, federation.pad_id, settings.evaluation)
-        lines.append({"round": round_, "model": _HELD_BACK, "client": name, **loss_summary(losses)})
+    looking = [name for name in federation.held_back if name not in settings.newcomers]
+    for _, names in federation.cohorts(looking):
+        for models in served(models_of(federation, snapshot, names, private, shared)):
+            found = side_by_side(federation, models, losses)
+            lines += [
+                {"round": round_, "model": _HELD_BACK, "client": name, **loss_summary(own)}
+                for name, own in zip(models.clients, found, strict=True)
+            ]
     return lines
 
 

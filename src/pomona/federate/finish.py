@@ -1,7 +1,7 @@
 """What is left when the rounds are over: answers, routing, cost, and the folders that a user keeps."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -10,42 +10,72 @@ from pomona.artifacts.checkpoint import Snapshot
 from pomona.artifacts.origin import origin_of
 from pomona.artifacts.publish import publish_client, publish_shared
 from pomona.artifacts.results import assemble_results
-from pomona.federate.evaluate import loss_line, measured, models_of
+from pomona.federate.evaluate import loss_line, measured, models_of, side_by_side
 from pomona.federate.prepare import Federation
+from pomona.federation.cohort import FrozenBase
 from pomona.federation.cost import cost_of
 from pomona.federation.forgetting import forgetting_lines, task_lines
-from pomona.federation.measure import Measured, answers_of, speed_of
+from pomona.federation.measure import Measured, Models, answers_of, speed_of
 from pomona.federation.update import ClientState
 
 
 def finish(federation: Federation, snapshot: Snapshot) -> dict[str, Any]:
     """Evaluate answers, publish what a user keeps, write the results last."""
     run, shared = federation.run, snapshot.server.shared
-    answers: list[dict[str, Any]] = []
-    routing: list[dict[str, Any]] = []
-    metrics: list[dict[str, Any]] = []
     private = _Private(federation, snapshot)
-    for done, (name, models, said) in enumerate(_answered(federation, shared, private)):
-        federation.progress("answering", done, len(private))
-        for kind, state in models.items():
-            found = measured(federation, name, state)
-            if kind != "base":
-                metrics.append(loss_line(snapshot.round, kind, name, found))
-            answers += _answer_lines(name, kind, found, said[kind])
-            if federation.base.sites:
-                routing.append(_routing_line(name, kind, found))
+    last = _last_look(federation, snapshot)
     _publish(federation, shared, private)
-    run.add_metrics(metrics)
-    run.write_answers(answers)
-    _write_options(federation, shared, private)
+    run.add_metrics(last.metrics)
+    run.write_answers(last.answers)
+    _write_options(federation, snapshot)
     states = (federation.state(n, shared, own) for n, own in private.items())
-    untuned = [line for line in routing if line["model"] == "base"]
+    untuned = [line for line in last.routing if line["model"] == "base"]
     cost = cost_of(federation.base, states, untuned)
     experts = {name: snapshot.experts[federation.owner(name)] for name in private}
-    results = assemble_results(answers, routing, federation.base.sites, experts, cost)
+    results = assemble_results(last.answers, last.routing, federation.base.sites, experts, cost)
     results = run.finish({**results, "data": asdict(federation.holdings)})
     federation.progress("answering", len(private), len(private))
     return results
+
+
+@dataclass(frozen=True)
+class _Lines:
+    """What is found of clients when all is over, client by client."""
+
+    metrics: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    answers: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    routing: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+
+
+def _last_look(federation: Federation, snapshot: Snapshot) -> _Lines:
+    """Measure every client's models on its test rows, and have them answer."""
+    clients = list(federation.test)
+    lines = {name: _Lines() for name in clients}
+    for done, models in _models(federation, snapshot):
+        federation.progress("answering", done, len(clients))
+        looked = zip(
+            models.clients, measured(federation, models), _said(federation, models), strict=True
+        )
+        for name, found, said in looked:
+            own = lines[name]
+            if models.kind != "base":
+                own.metrics.append(loss_line(snapshot.round, models.kind, name, found))
+            own.answers.extend(_answer_lines(name, models.kind, found, said))
+            if federation.base.sites:
+                own.routing.append(_routing_line(name, models.kind, found))
+    return _Lines(
+        [line for name in clients for line in lines[name].metrics],
+        [line for name in clients for line in lines[name].answers],
+        [line for name in clients for line in lines[name].routing],
+    )
+
+
+def _models(federation: Federation, snapshot: Snapshot) -> Iterator[tuple[int, Models]]:
+    """Yield all models that a cohort can be served by, the base first, and how many clients came before."""
+    for done, names in federation.cohorts(list(federation.test)):
+        yield done, Models("base", names, [ClientState()])
+        for models in models_of(federation, snapshot, names, {}, snapshot.server.shared):
+            yield done, models
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,38 +95,48 @@ class _Private(Mapping[str, ClientState]):
         return len(self.federation.test)
 
 
-def _write_options(
-    federation: Federation, shared: Mapping[str, Tensor], private: Mapping[str, ClientState]
-) -> None:
+def _write_options(federation: Federation, snapshot: Snapshot) -> None:
     """Measure what is measured on demand: forgetting, tasks, speed."""
     base, evaluation = federation.base, federation.settings.evaluation
     if federation.held_out:
-        models = _every_model(federation, shared, private)
-        lines = forgetting_lines(base, models, federation.held_out, evaluation.batch)
-        federation.run.write_forgetting(list(lines))
+        federation.run.write_forgetting(_forgetting(federation, snapshot))
     if federation.tasks is not None:
-        models = _every_model(federation, shared, private)
         asked = (federation.tokenizer, federation.tasks, evaluation.limit, federation.progress)
-        federation.run.write_tasks(list(task_lines(base, models, *asked)))
+        lines = [task_lines(base, models, *asked) for models in _each_once(federation, snapshot)]
+        federation.run.write_tasks([line for own in lines for line in own])
     if evaluation.speed:
-        name, own = next(iter(private.items()))
+        name, own = next(iter(_Private(federation, snapshot).items()))
         length = federation.settings.max_length - evaluation.new_tokens
-        state = federation.state(name, shared, own)
+        state = federation.state(name, snapshot.server.shared, own)
         speed = speed_of(base, state, length, evaluation.new_tokens)
         federation.run.write_speed(name, speed)
 
 
-def _every_model(
-    federation: Federation, shared: Mapping[str, Tensor], private: Mapping[str, ClientState]
-) -> Iterator[tuple[str, str | None, ClientState]]:
-    """Yield (model, client, state); the client is None for what all clients have."""
-    yield "base", None, ClientState()
-    for place, (name, own) in enumerate(private.items()):
-        served = models_of(federation, federation.owner(name), shared, own)
-        if "shared" in served and place == 0:
-            yield "shared", None, served["shared"]
-        if "personal" in served:
-            yield "personal", name, served["personal"]
+def _forgetting(federation: Federation, snapshot: Snapshot) -> list[dict[str, Any]]:
+    windows, batch = federation.held_out, federation.settings.evaluation.batch
+
+    def lines(base: FrozenBase, models: Models) -> list[list[dict[str, Any]]]:
+        return forgetting_lines(base, models, windows, federation.pad_id, batch)
+
+    return [
+        line
+        for models in _each_once(federation, snapshot)
+        for own in (
+            side_by_side(federation, models, lines)
+            if models.clients
+            else lines(federation.base, models)
+        )
+        for line in own
+    ]
+
+
+def _each_once(federation: Federation, snapshot: Snapshot) -> Iterator[Models]:
+    """Yield the base and the shared model once, as nobody's in particular, and all personal ones."""
+    for done, models in _models(federation, snapshot):
+        if models.kind == "personal":
+            yield models
+        elif done == 0:
+            yield replace(models, clients=())
 
 
 def _publish(
@@ -114,48 +154,34 @@ def _publish(
         publish_client(run, name, base, replace(own, adapter=adapter), origin)
 
 
-def _answered(
-    federation: Federation, shared: Mapping[str, Tensor], private: Mapping[str, ClientState]
-) -> Iterator[tuple[str, dict[str, ClientState], dict[str, list[dict[str, Any]]]]]:
-    """Yield every client with its models and what each says to its first rows.
-
-    So many clients answer at once as fill a batch with their rows.
-    """
-    evaluation, names = federation.settings.evaluation, list(private)
-    together = max(1, evaluation.batch // max(1, evaluation.answers))
-    for start in range(0, len(names), together):
-        some = names[start : start + together]
-        models = {
-            name: {
-                "base": ClientState(),
-                **models_of(federation, federation.owner(name), shared, private[name]),
-            }
-            for name in some
-        }
-        said = {
-            kind: _said(federation, some, [models[name][kind] for name in some], kind)
-            for kind in models[some[0]]
-        }
-        for place, name in enumerate(some):
-            yield name, models[name], {kind: own[place] for kind, own in said.items()}
-
-
-def _said(
-    federation: Federation, names: Sequence[str], states: Sequence[ClientState], kind: str
-) -> list[list[dict[str, Any]]]:
+def _said(federation: Federation, models: Models) -> list[list[dict[str, Any]]]:
+    """Return what models answer to the first rows of their clients; as many at once as fill a batch."""
     settings = federation.settings
-    count = settings.evaluation.answers
+    count, batch = settings.evaluation.answers, settings.evaluation.batch
     if not count:
-        return [[] for _ in names]
-    return answers_of(
-        federation.base,
-        states if kind == "personal" else states[:1],
-        [federation.rows[name].test[: min(count, len(federation.test[name]))] for name in names],
-        federation.tokenizer,
-        settings.template,
-        settings.max_length,
-        settings.evaluation,
-    )
+        return [[] for _ in models.clients]
+    together = max(1, batch // count)
+
+    def answer(base: FrozenBase, part: Models) -> list[list[dict[str, Any]]]:
+        said: list[list[dict[str, Any]]] = []
+        for start in range(0, len(part.clients), together):
+            some = part.part(range(len(part.clients))[start : start + together])
+            rows = [
+                federation.rows[name].test[: min(count, len(federation.test[name]))]
+                for name in some.clients
+            ]
+            said += answers_of(
+                base,
+                some.states,
+                rows,
+                federation.tokenizer,
+                settings.template,
+                settings.max_length,
+                settings.evaluation,
+            )
+        return said
+
+    return side_by_side(federation, models, answer)
 
 
 def _answer_lines(

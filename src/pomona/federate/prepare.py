@@ -1,6 +1,6 @@
 """What every stage of one federation needs, read and checked before anything is computed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -86,6 +86,11 @@ class Federation:
         """Return what travels of an adapter between the server and a client: no more than its rank."""
         rank = self.settings.ranks.get(client)
         return dict(tensors) if rank is None else narrowed(tensors, rank)
+
+    def cohorts(self, clients: Sequence[str]) -> Iterator[tuple[int, Sequence[str]]]:
+        """Yield clients a cohort at a time, with how many have come before."""
+        for start in range(0, len(clients), self.settings.cohort):
+            yield start, clients[start : start + self.settings.cohort]
 
     def owner(self, client: str) -> str:
         """Return who trains the model that serves a client."""

@@ -11,8 +11,9 @@ from pomona.artifacts.checkpoint import Snapshot
 from pomona.federate.early_stop import held_back_losses, stopped
 from pomona.federate.evaluate import evaluate
 from pomona.federate.prepare import Federation
+from pomona.federation.cohort import FrozenBase
 from pomona.federation.dp_sgd import row_epsilon, steps_of
-from pomona.federation.local import LocalTraining, Trained
+from pomona.federation.local import LocalTraining, Trained, train_cohort
 from pomona.federation.measure import communication
 from pomona.federation.privacy import epsilon, noise_key, protect
 from pomona.federation.settings import Finish
@@ -117,7 +118,13 @@ def _train(
     training, done, of = settings.local, round_, settings.rounds
     if finish is not None:
         training, done, of = finish.training, round_ - settings.rounds, finish.rounds
-    for start in range(0, len(names), settings.cohort):
+
+    def train(base: FrozenBase, tasks: Sequence[Task]) -> list[Trained]:
+        rule, seed = strategy or settings.strategy, settings.seed
+        drawn_by = f"{seed}/finish" if finish else seed
+        return train_cohort(base, tasks, training, rule, drawn_by, done, of, federation.pad_id)
+
+    for _, some in federation.cohorts(names):
         tasks = [
             Task(
                 name,
@@ -125,17 +132,9 @@ def _train(
                 federation.train[name],
                 server.memory,
             )
-            for name in names[start : start + settings.cohort]
+            for name in some
         ]
-        trained = federation.replicas.train(
-            tasks,
-            training,
-            strategy or settings.strategy,
-            f"{settings.seed}/finish" if finish else settings.seed,
-            done,
-            of,
-            federation.pad_id,
-        )
+        trained = federation.replicas.map(train, tasks)
         yield from zip((task.client for task in tasks), trained, strict=True)
 
 

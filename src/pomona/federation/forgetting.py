@@ -1,17 +1,18 @@
 """What was forgotten: held-out text and tasks under the untuned, the shared and the personal models."""
 
 from collections.abc import Iterable, Mapping
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from pomona.data.examples import Example
 from pomona.data.texts import consecutive_windows, has_held_out, read_domains
 from pomona.errors import PomonaError
-from pomona.evaluation.loss import window_losses
 from pomona.evaluation.tasks import TaskResults, installed_harness
 from pomona.federation.cohort import FrozenBase
-from pomona.federation.update import ClientState
+from pomona.federation.measure import Models, losses_of
 from pomona.progress import Progress, silent
 from pomona.shapes import Tokens
 
@@ -39,51 +40,52 @@ def held_out_windows(
 
 
 def forgetting_lines(
-    base: FrozenBase,
-    models: Iterable[tuple[str, str | None, ClientState]],
-    windows: Mapping[str, Tokens],
-    batch: int,
-) -> Iterable[dict[str, Any]]:
-    """Yield nats and tokens of every window under every (model, client, state).
+    base: FrozenBase, models: Models, windows: Mapping[str, Tokens], pad_id: int, batch: int
+) -> list[list[dict[str, Any]]]:
+    """Return nats and tokens of every window under every client's model, `batch` windows in a pass.
 
-    The client is None for a model that all clients have: the base and the shared one.
+    The client is None for a model that is nobody's in particular: the base and the shared one.
     """
-    for model, client, state in models:
-        with base.attach_one(state):
-            for domain, windows_BT in windows.items():
-                losses = window_losses(base.model, windows_BT, batch)
-                for number, loss in enumerate(losses):
-                    yield {
-                        "model": model,
-                        "client": client,
-                        "domain": domain,
-                        "window": number,
-                        "nats": loss.nats,
-                        "tokens": loss.tokens,
-                    }
+    places = [(name, number) for name, own in windows.items() for number in range(len(own))]
+    rows = [Example(tuple(windows[name][number].tolist()), 1) for name, number in places]
+    losses = losses_of(base, models.states, [rows] * len(models.states), pad_id, batch)
+    return [
+        [
+            {
+                "model": models.kind,
+                "client": client,
+                "domain": domain,
+                "window": number,
+                "nats": loss.nats,
+                "tokens": loss.tokens,
+            }
+            for (domain, number), loss in zip(places, own, strict=True)
+        ]
+        for (client, _), own in zip(models.each(), cycle(losses), strict=False)
+    ]
 
 
 def task_lines(
     base: FrozenBase,
-    models: Iterable[tuple[str, str | None, ClientState]],
+    models: Models,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Any,
     limit: int,
     progress: Progress = silent,
 ) -> Iterable[dict[str, Any]]:
-    """Yield every metric of every task under every (model, client, state), as the harness has it.
+    """Yield every metric of every task under every client's model, as the harness has it.
 
     `tasks` is what `harness.prepare_tasks` returned. `error` is the standard error, None where a metric has
     none, `cut` how many requests of all tasks were longer than the context and lost their beginning.
     """
     run_tasks = installed_harness().run_tasks
-    for model, client, state in models:
+    for client, state in models.each():
         with base.attach_one(state):
             found: TaskResults = run_tasks(base.model, tokenizer, tasks, limit, progress)
         for task, own in found.tasks.items():
             for metric, value in own.metrics.items():
                 yield {
-                    "model": model,
+                    "model": models.kind,
                     "client": client,
                     "task": task,
                     "metric": metric,

@@ -1,9 +1,8 @@
 """What is measured of one client's model: answer loss, answers, routing, gates."""
 
-import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,17 @@ from pomona.data.templates import Template
 from pomona.errors import PomonaError
 from pomona.evaluation.answers import cohort_answers
 from pomona.evaluation.exact import exact_match
-from pomona.evaluation.loss import RowLoss, answer_losses, perplexity
+from pomona.evaluation.loss import RowLoss, answer_losses, packed_answer_losses, perplexity
 from pomona.evaluation.rouge import rouge_l
 from pomona.evaluation.speed import Speed, generation_speeds
 from pomona.federation.cohort import FrozenBase
-from pomona.federation.graft import measure_gates
+from pomona.federation.graft import GateWeights, measure_gates
 from pomona.federation.update import ClientState, Update, stack
+from pomona.models.packing import follow
 from pomona.models.routing import count_routing
+from pomona.models.split import Present
 from pomona.models.weights import serialized_bytes
-from pomona.shapes import AttentionMask, TokenMask
+from pomona.shapes import AttentionMask
 
 
 @dataclass(frozen=True)
@@ -96,16 +97,48 @@ class Measured:
         return found
 
 
+@dataclass(frozen=True)
+class Models:
+    """A kind of model ("base", "shared", "personal") of some clients: each its own, or one that serves all.
+
+    The states are as many as the clients, or a single one. Without clients it is nobody's in particular.
+    """
+
+    kind: str
+    clients: Sequence[str]
+    states: Sequence[ClientState] = field(repr=False)
+
+    def part(self, places: Sequence[int]) -> "Models":
+        """Return the models of the clients at some places."""
+        clients = [self.clients[place] for place in places]
+        states = self.states if len(self.states) == 1 else [self.states[place] for place in places]
+        return Models(self.kind, clients, states)
+
+    def each(self) -> Iterator[tuple[str | None, ClientState]]:
+        """Yield every client with its model; None with one that is nobody's in particular."""
+        for place, client in enumerate(self.clients or [None]):
+            yield client, self.states[min(place, len(self.states) - 1)]
+
+
 def losses_of(
     base: FrozenBase,
-    state: ClientState,
-    examples: Sequence[Example],
+    states: Sequence[ClientState],
+    rows: Sequence[Sequence[Example]],
     pad_id: int,
-    evaluation: Evaluation,
-) -> list[RowLoss]:
-    """Return the answer loss of every example under one client's state; empty state: the base."""
-    with base.attach_one(state):
-        return answer_losses(base.model, examples, pad_id, evaluation.batch)
+    batch: int,
+) -> list[list[RowLoss]]:
+    """Return the answer loss of every client's rows, `batch` of them in a pass.
+
+    The states are the clients' own, or a single one that serves all; an empty one is the base.
+    """
+    if base.packs:
+        with base.attach(_together(states)):
+            return packed_answer_losses(base.model, rows, batch)
+    losses: list[list[RowLoss]] = []
+    for state, own in zip(_each(states, rows), rows, strict=True):
+        with base.attach(_together([state])):
+            losses.append(answer_losses(base.model, own, pad_id, batch))
+    return losses
 
 
 def loss_summary(losses: Sequence[RowLoss]) -> dict[str, float]:
@@ -132,7 +165,7 @@ def answers_of(
     room = max_length - evaluation.new_tokens
     asked = [[encode_prompt(row, template, tokenizer, room) for row in own] for own in rows]
     prompts = asked if len(states) > 1 else [[prompt for own in asked for prompt in own]]
-    with base.attach(stack(states)):
+    with base.attach(_together(states)):
         found = cohort_answers(
             base.model, tokenizer, prompts, evaluation.new_tokens, evaluation.batch
         )
@@ -151,39 +184,75 @@ def _scored(answer: str, row: Row) -> dict[str, Any]:
 
 def measured_of(
     base: FrozenBase,
-    state: ClientState,
-    examples: Sequence[Example],
+    states: Sequence[ClientState],
+    rows: Sequence[Sequence[Example]],
     pad_id: int,
-    evaluation: Evaluation,
-) -> Measured:
-    """Measure answer losses and, in the same forward passes, routing and gates of one client's state."""
+    batch: int,
+) -> list[Measured]:
+    """Measure every client's answer losses and, in the same passes, routing and gates; see `losses_of`."""
+    if base.packs:
+        return _packed_measured(base, _together(states), rows, batch)
+    return [
+        _padded_measured(base, state, own, pad_id, batch)
+        for state, own in zip(_each(states, rows), rows, strict=True)
+    ]
+
+
+def _packed_measured(
+    base: FrozenBase, state: ClientState, rows: Sequence[Sequence[Example]], batch: int
+) -> list[Measured]:
+    """Measure all clients' rows in common passes, under a cohort's state or a single one."""
+    clients, present = len(rows), Present()
     state = state.to(base.device)
-    total_LE = torch.zeros(
-        len(base.sites), max((site.num_experts for site in base.sites), default=0), dtype=torch.long
-    )
-    openness: list[list[float]] = []
-    tokens: list[int] = []
+    with (
+        base.attach(state),
+        follow(base.model, present),
+        count_routing(base.sites, clients, present=present) as counts,
+        _gates(base, state, clients, present=present) as gates,
+    ):
+        losses = packed_answer_losses(base.model, rows, batch)
+    tokens = [sum(len(example.input_ids) for example in own) for own in rows]
+    return [
+        Measured(losses[c], counts.counts_LCE[:, c], gates.mean_LC[:, c].tolist(), tokens[c])
+        for c in range(clients)
+    ]
+
+
+def _padded_measured(
+    base: FrozenBase, state: ClientState, rows: Sequence[Example], pad_id: int, batch: int
+) -> Measured:
+    """Measure one client's rows padded side by side: the twin of `_packed_measured`."""
+    stacked = _together([state]).to(base.device)
+    tokens = 0
 
     @contextmanager
     def watch(mask_BT: AttentionMask) -> Generator[None]:
-        keep_BT = mask_BT.bool()
+        nonlocal counts_LE, sums_L, tokens
         with (
-            count_routing(base.sites, mask_BT=keep_BT) as counts,
-            _gates(base, state, keep_BT) as gates,
+            count_routing(base.sites, mask_BT=mask_BT) as counts,
+            _gates(base, stacked, mask_BT=mask_BT) as gates,
         ):
             yield
-        total_LE.add_(counts.counts_LCE[:, 0])
-        openness.append(gates)
-        tokens.append(int(keep_BT.sum()))
+        counts_LE = counts_LE + counts.counts_LCE[:, 0]
+        sums_L = sums_L + gates.sum_LC[:, 0]
+        tokens += int(mask_BT.sum())
 
-    with base.attach_one(state):
-        losses = answer_losses(base.model, examples, pad_id, evaluation.batch, watch)
-    shares = [count / sum(tokens) for count in tokens]
-    mean = [
-        math.fsum(s * g for s, g in zip(shares, layer, strict=True))
-        for layer in zip(*openness, strict=True)
-    ]
-    return Measured(losses, total_LE, mean, sum(tokens))
+    counts_LE = torch.zeros((), dtype=torch.int64)
+    sums_L = torch.zeros((), dtype=torch.float64)
+    with base.attach(stacked):
+        losses = answer_losses(base.model, rows, pad_id, batch, watch)
+    return Measured(losses, counts_LE, (sums_L / tokens).tolist(), tokens)
+
+
+def _together(states: Sequence[ClientState]) -> ClientState:
+    """Return a cohort's state to compute with: what clients remember may differ, and is not looked at."""
+    return stack([replace(state, memory={}) for state in states])
+
+
+def _each(
+    states: Sequence[ClientState], rows: Sequence[Sequence[Example]]
+) -> Sequence[ClientState]:
+    return states if len(states) > 1 else [states[0]] * len(rows)
 
 
 def speed_of(
@@ -224,8 +293,13 @@ def message_bytes(tensors: Mapping[str, Tensor]) -> int:
 
 
 def _gates(
-    base: FrozenBase, state: ClientState, mask_BT: TokenMask
-) -> AbstractContextManager[list[float]]:
+    base: FrozenBase,
+    state: ClientState,
+    clients: int = 1,
+    mask_BT: AttentionMask | None = None,
+    present: Present | None = None,
+) -> AbstractContextManager[GateWeights]:
     if base.graft is None or not state.graft:
-        return nullcontext([])
-    return measure_gates(base.sites, base.graft, state.graft, mask_BT.flatten())
+        none_LC = torch.zeros(0, clients, dtype=torch.float64)
+        return nullcontext(GateWeights(none_LC, none_LC))
+    return measure_gates(base.sites, base.graft, state.graft, clients, mask_BT, present)

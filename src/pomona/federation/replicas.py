@@ -6,58 +6,53 @@ of its own, around the same tensors.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 
 from pomona.federation.cohort import FrozenBase
-from pomona.federation.local import LocalTraining, Trained, train_cohort
-from pomona.federation.stage import Task
-from pomona.federation.strategies.protocol import Strategy
 from pomona.models.experts import find_expert_sites
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _MOST = 8  # threads of Python that do not yet wait for each other
 
 
 @dataclass(frozen=True)
 class Replicas:
-    """A frozen base and copies of its modules, one for each cohort that trains at the same time."""
+    """A frozen base and copies of its modules, one for each part of a cohort that computes by itself."""
 
     bases: tuple[FrozenBase, ...]
 
-    def train(
+    def map(
         self,
-        tasks: Sequence[Task],
-        training: LocalTraining,
-        strategy: Strategy,
-        seed: int | str,
-        round_: int,
-        rounds: int,
-        pad_id: int,
-    ) -> list[Trained]:
-        """Return what `train_cohort` does of all tasks, dealt to the replicas in their order.
+        work: Callable[[FrozenBase, Sequence[Item]], Sequence[Result]],
+        items: Sequence[Item],
+    ) -> list[Result]:
+        """Return what `work` makes of all items, dealt to the replicas in their order and done at once.
 
-        The threads of torch are shared out among them. Raises `PomonaError` when a loss stops being finite.
+        The threads of torch are shared out among them. Raises what `work` raises.
         """
-        rest = (training, strategy, seed, round_, rounds, pad_id)
-        parts = _dealt(tasks, len(self.bases))
-        if len(parts) == 1:
-            return train_cohort(self.bases[0], tasks, *rest)
+        parts = _dealt(items, len(self.bases))
+        if len(parts) <= 1:
+            return [found for part in parts for found in work(self.bases[0], part)]
         threads = torch.get_num_threads()
 
-        def train(base: FrozenBase, part: Sequence[Task]) -> list[Trained]:
+        def alone(base: FrozenBase, part: Sequence[Item]) -> Sequence[Result]:
             torch.set_num_threads(max(1, threads // len(parts)))
-            return train_cohort(base, part, *rest)
+            return work(base, part)
 
         try:
             with ThreadPoolExecutor(len(parts)) as pool:
-                trained = list(pool.map(train, self.bases, parts))
+                found = list(pool.map(alone, self.bases, parts))
         finally:
             torch.set_num_threads(threads)
-        return [one for part in trained for one in part]
+        return [one for part in found for one in part]
 
 
 def replicas_of(base: FrozenBase) -> Replicas:
@@ -73,8 +68,8 @@ def _replica(base: FrozenBase) -> FrozenBase:
     return replace(base, model=model, sites=tuple(find_expert_sites(model)) if base.sites else ())
 
 
-def _dealt(tasks: Sequence[Task], parts: int) -> list[Sequence[Task]]:
-    """Return tasks in their order as up to so many parts of like size, none of them empty."""
-    count = min(parts, len(tasks))
-    ends = [len(tasks) * part // count for part in range(count + 1)]
-    return [tasks[begin:end] for begin, end in pairwise(ends)]
+def _dealt(items: Sequence[Item], parts: int) -> list[Sequence[Item]]:
+    """Return items in their order as up to so many parts of like size, none of them empty."""
+    count = min(parts, len(items))
+    ends = [len(items) * part // count for part in range(count + 1)] if items else []
+    return [items[begin:end] for begin, end in pairwise(ends)]

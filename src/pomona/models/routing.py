@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pomona.models.attachment import Attachment
 from pomona.models.experts import ExpertSite
+from pomona.models.split import Present
 from pomona.shapes import AttentionMask, Hidden, Routing, RoutingWeight, TokenMask
 
 _NAMES = (
@@ -59,35 +60,36 @@ def count_routing(
     sites: Sequence[ExpertSite],
     num_clients: int = 1,
     mask_BT: TokenMask | AttentionMask | None = None,
+    present: Present | None = None,
 ) -> Generator[RoutingCounts]:
-    """Count the forward passes of a block of code; rows are client-major.
+    """Count the forward passes of a block of code; rows are client-major, shared out as `present` tells.
 
     `mask_BT` (true or 1 = counted) leaves out padding; it must fit every forward pass inside. What
-    activation checkpointing computes a second time is not counted. A forward pass whose tokens do
-    not split evenly among the clients raises `RuntimeError`.
+    activation checkpointing computes a second time is not counted. A forward pass whose tokens cannot
+    be shared out among the clients raises `RuntimeError`.
     """
     widest = max((site.num_experts for site in sites), default=0)
     counts = RoutingCounts(torch.zeros(len(sites), num_clients, widest, dtype=torch.int64))
     keep_N = None if mask_BT is None else mask_BT.flatten().bool()
     hooks = [
-        site.experts.register_forward_pre_hook(_counter(counts_CE, keep_N), with_kwargs=True)
+        site.experts.register_forward_pre_hook(
+            _counter(counts_CE, keep_N, present or Present()), with_kwargs=True
+        )
         for site, counts_CE in zip(sites, counts.counts_LCE, strict=True)
     ]
     with Attachment(tuple(hooks)):
         yield counts
 
 
-def _counter(counts_CE: Tensor, keep_N: Tensor | None) -> Callable[..., None]:
+def _counter(counts_CE: Tensor, keep_N: Tensor | None, present: Present) -> Callable[..., None]:
     clients, experts = counts_CE.shape
 
     def count(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         if torch._C._current_graph_task_id() != -1:  # pyright: ignore[reportPrivateUsage]
             return  # inside a backward pass: a checkpointed layer computed again
         _, index_NK, _ = experts_call(args, kwargs)
-        # unflatten refuses tokens that cannot be split evenly among the clients
-        index_CX = index_NK.flatten().unflatten(0, (clients, -1))
-        offset_C1 = experts * torch.arange(clients, device=index_NK.device).unsqueeze(1)
-        slot_NK = (index_CX + offset_C1).reshape(index_NK.shape)
+        client_N = present.of(index_NK, clients).client_N
+        slot_NK = index_NK + experts * client_N.unsqueeze(1)
         chosen = slot_NK if keep_N is None else slot_NK[keep_N.to(slot_NK.device)]
         found = torch.bincount(chosen.flatten(), minlength=clients * experts)
         counts_CE.add_(found.view(clients, experts).to(counts_CE.device))

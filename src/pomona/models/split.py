@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, TypeAlias, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as fn
@@ -112,7 +112,7 @@ class Present:
 
     split: Ragged | None = None
 
-    def of(self, x_NI: Float[Tensor, "N I"], clients: int) -> Split:
+    def of(self, x_NI: Shaped[Tensor, "N I"], clients: int) -> Split:
         """Return how tokens belong to so many clients; raises `RuntimeError` if they cannot."""
         tokens = len(x_NI)
         if clients == 1 or self.split is None:
