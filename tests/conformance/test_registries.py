@@ -187,13 +187,13 @@ def test_a_selection_names_distinct_experts_per_site_and_leaves_the_model(kind, 
     before = {name: value.clone() for name, value in model.state_dict().items()}
     sites = find_expert_sites(model)
     batch = collate([Example((3, 4, 5, 6, 7, 8), 2), Example((9, 8, 7), 1)], 0)
-    chosen, again = (SELECTIONS[kind]()(model, sites, [batch], 5, count) for _ in range(2))
+    chosen, again = SELECTIONS[kind]()(model, sites, [[batch]] * 2, [5, 5], count)
     assert chosen == again
     assert len(chosen) == len(sites)
     for own, site in zip(chosen, sites, strict=True):
         assert len(set(own)) == len(own) == count
         assert all(0 <= expert < site.num_experts for expert in own)
-    first = SELECTIONS[kind]()(model, sites, [batch], 5, 1)
+    (first,) = SELECTIONS[kind]()(model, sites, [[batch]], [5], 1)
     assert [own[:1] for own in chosen] == first, "the best one stays the best of several"
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -21,6 +21,7 @@ from pomona.federation.selection import (
     Usage,
 )
 from pomona.federation.selection import greedy as greedy_module
+from pomona.federation.selection import passes as passes_module
 from pomona.federation.selection.greedy import forward_selection
 from pomona.federation.update import ClientState, stack
 from pomona.seeds import seed_of
@@ -32,6 +33,12 @@ SOME = ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss"]
 def batches_of(client=3, rows=6, size=4):
     own = examples(client, 6)[:rows]
     return [collate(own[i : i + size], 0) for i in range(0, rows, size)]
+
+
+def alone(rule, base, batches, seed, count):
+    """Return what a rule gives a client without others."""
+    (chosen,) = rule(base.model, base.sites, [batches], [seed], count)
+    return chosen
 
 
 def calls(base, batches):
@@ -66,7 +73,7 @@ def test_reconstruction_finds_the_expert_that_alone_makes_the_output(family):
         for site in base.sites
     ]
     batches = [collate([Example(tuple(range(5, 20)), 3)], 0)]
-    losses = Reconstruction().losses(base.model, base.sites, batches)
+    losses = Reconstruction().losses(base.model, base.sites, [batches])[0]
     for handle in handles:
         handle.remove()
     for loss_E in losses:
@@ -77,14 +84,14 @@ def test_reconstruction_finds_the_expert_that_alone_makes_the_output(family):
 @pytest.mark.parametrize("family", SOME)
 def test_reconstruction_is_the_sum_of_the_batches_distances(family):
     base, batches = base_of(family), batches_of()
-    losses = Reconstruction().losses(base.model, base.sites, batches)
+    losses = Reconstruction().losses(base.model, base.sites, [batches])[0]
     apart = []
     for batch in batches:
         for site, (x, _, _, output) in zip(base.sites, calls(base, [batch]), strict=True):
             apart.append([float((output - site.apply(x, e)).norm()) for e in range(4)])
     expected = torch.tensor(apart).view(len(batches), len(base.sites), 4).sum(0)
     torch.testing.assert_close(torch.stack(losses).float(), expected, rtol=1e-5, atol=1e-5)
-    chosen = Reconstruction()(base.model, base.sites, batches, 0, 2)
+    chosen = alone(Reconstruction(), base, batches, 0, 2)
     assert chosen == expected.argsort(dim=1)[:, :2].tolist()
 
 
@@ -93,8 +100,8 @@ def test_greedy_is_lstsq_over_materialised_outputs(family, monkeypatch):
     """Every step tries every expert with numpy's least squares on all outputs [N·D, k] at once."""
     monkeypatch.setattr(greedy_module, "_BLOCK", 4 * 32 * 7)  # seven tokens at a time
     base, batches = base_of(family), batches_of()
-    moments = Greedy().moments(base.model, base.sites, batches)
-    chosen = Greedy()(base.model, base.sites, batches, 0, 3)
+    moments = Greedy().moments(base.model, base.sites, [batches])[0]
+    chosen = alone(Greedy(), base, batches, 0, 3)
     assert len(chosen) == len(moments) == len(base.sites)
     for site, own, sums, (x, _, _, output) in zip(
         base.sites, chosen, moments, calls(base, batches), strict=True
@@ -130,7 +137,7 @@ def test_greedy_finds_the_experts_that_make_the_output_and_their_weights():
         )
         for site in base.sites
     ]
-    moments = Greedy().moments(base.model, base.sites, batches_of())
+    moments = Greedy().moments(base.model, base.sites, [batches_of()])[0]
     for handle in handles:
         handle.remove()
     for sums in moments:
@@ -150,7 +157,7 @@ def test_greedy_with_two_experts_alike_does_not_divide_by_zero():
     with torch.no_grad():
         for parameter in base.sites[0].experts.parameters():
             parameter[1] = parameter[0]
-    moments = Greedy().moments(base.model, base.sites, batches_of())[0]
+    moments = Greedy().moments(base.model, base.sites, [batches_of()])[0][0]
     chosen, weights = forward_selection(moments, 4)
     assert sorted(chosen) == [0, 1, 2, 3]
     assert weights.isfinite().all()
@@ -160,7 +167,7 @@ def test_greedy_with_two_experts_alike_does_not_divide_by_zero():
 @pytest.mark.parametrize("family", SOME)
 def test_usage_is_frequency_times_weight_times_norm(family):
     base, batches = base_of(family), batches_of()
-    usage = Usage().usage(base.model, base.sites, batches)
+    usage = Usage().usage(base.model, base.sites, [batches])[0]
     for site, usage_E, (x, index, weight, _) in zip(
         base.sites, usage, calls(base, batches), strict=True
     ):
@@ -169,7 +176,7 @@ def test_usage_is_frequency_times_weight_times_norm(family):
             norm = site.apply(x[n : n + 1], int(index[n, k])).norm()
             expected[int(index[n, k])] += float(weight[n, k] * norm)
         torch.testing.assert_close(usage_E, torch.tensor(expected).double(), rtol=1e-4, atol=1e-4)
-    assert Usage()(base.model, base.sites, batches, 0, 2) == [
+    assert alone(Usage(), base, batches, 0, 2) == [
         sorted(range(len(own)), key=lambda e: -own[e])[:2]
         for own in map(torch.Tensor.tolist, usage)
     ]
@@ -179,7 +186,7 @@ def test_usage_is_frequency_times_weight_times_norm(family):
 def test_gradient_utility_is_autograd_s_on_the_experts_own_weights(family):
     """Both halves of gate_up_proj have D inputs, down_proj has W: their squared gradients by batch."""
     base, batches = base_of(family), batches_of(rows=5)
-    utilities = Gradient().utilities(base.model, base.sites, batches)
+    utilities = Gradient().utilities(base.model, base.sites, [batches])[0]
     assert not any(p.grad is not None or p.requires_grad for p in base.model.parameters())
     expected = [torch.zeros(site.num_experts, dtype=torch.float64) for site in base.sites]
     for batch in batches:
@@ -204,7 +211,7 @@ def test_gradient_utility_is_what_a_newborn_graft_would_feel():
     rank = 512
     base = base_of("mixtral", Graft(rank=rank, alpha=rank, gate="resident"))
     (batch,) = batches_of(rows=3)
-    utilities = torch.stack(Gradient().utilities(base.model, base.sites, [batch]))
+    utilities = torch.stack(Gradient().utilities(base.model, base.sites, [[batch]])[0])
     felt = torch.zeros_like(utilities)
     for expert in range(4):
         graft = base.init_graft(0, "a", [[expert]] * len(base.sites))
@@ -230,10 +237,35 @@ def test_rows_cap_what_is_looked_at(kind):
         return
     base = base_of("qwen2_moe")
     few, many = batches_of(rows=3, size=3), batches_of(rows=6, size=4)
-    chosen = rule()(base.model, base.sites, few, 0, 2)
-    assert rule(rows=3)(base.model, base.sites, many, 0, 2) == chosen
+    chosen = alone(rule(), base, few, 0, 2)
+    assert alone(rule(rows=3), base, many, 0, 2) == chosen
     with pytest.raises(PomonaError, match="selection rows 0 is not positive"):
         rule(rows=0)
+
+
+@pytest.mark.parametrize("kind", ["losses", "moments", "usage", "utilities"])
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_one_pass_serves_all_clients(family, kind, monkeypatch):
+    """Clients of several sizes and lengths, some of them together in a pass, see what they see alone."""
+    monkeypatch.setattr(passes_module, "_ROWS", 9)
+    base = base_of(family)
+    clients = [batches_of(3, 6, 4), batches_of(1, 1, 4), [], batches_of(2, 5, 2)]
+    rules = {"losses": Reconstruction, "moments": Greedy, "usage": Usage, "utilities": Gradient}
+    measure = getattr(rules[kind](rows=5), kind)
+    calls = []
+    base.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    together = measure(base.model, base.sites, clients)
+    passes = len(calls)
+    for own, batches in zip(together, clients, strict=True):
+        (found,) = measure(base.model, base.sites, [batches])
+        for ours, theirs in zip(own, found, strict=True):
+            pairs = [(ours, theirs)]
+            if kind == "moments":
+                pairs = [(getattr(ours, n), getattr(theirs, n)) for n in ("gram_EE", "cross_E")]
+            for one, other in pairs:
+                torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+                assert bool(other.any()) == bool(batches)
+    assert (passes, len(calls) - passes) == (3, 6)
 
 
 @pytest.mark.parametrize("kind", SELECTIONS)
@@ -241,12 +273,12 @@ def test_padding_is_not_looked_at(kind):
     base = base_of("mixtral")
     rows = [Example(tuple(range(5, 20)), 3)]
     padded = collate([*rows, Example(tuple(range(5, 45)), 3)], 0)
-    alone = collate(rows, 0)
+    short = collate(rows, 0)
     padded = type(padded)(
         padded.input_ids_BT[:1], padded.attention_mask_BT[:1], padded.label_mask_BT[:1]
     )
-    assert padded.input_ids_BT.shape != alone.input_ids_BT.shape
-    chosen = [SELECTIONS[kind]()(base.model, base.sites, [b], 0, 2) for b in (alone, padded)]
+    assert padded.input_ids_BT.shape != short.input_ids_BT.shape
+    chosen = [alone(SELECTIONS[kind](), base, [b], 0, 2) for b in (short, padded)]
     assert chosen[0] == chosen[1]
 
 
@@ -254,22 +286,22 @@ def test_random_differs_between_clients_and_same_does_not():
     base, batches = base_of("mixtral"), batches_of()
     seeds = [seed_of(0, "selection", f"client {i}") for i in range(40)]
     random, same = (
-        [rule(base.model, base.sites, batches, seed, 1) for seed in seeds]
+        rule(base.model, base.sites, [batches] * 40, seeds, 1)
         for rule in (RandomExpert(), SameExpert())
     )
     for site in range(len(base.sites)):
         assert {own[site][0] for own in random} == {0, 1, 2, 3}
     assert all(own == same[0] for own in same)
-    draws = [SameExpert(draw=d)(base.model, base.sites, batches, 0, 1) for d in range(40)]
+    draws = [alone(SameExpert(draw=d), base, batches, 0, 1) for d in range(40)]
     assert {own[0][0] for own in draws} == {0, 1, 2, 3}
 
 
 def test_same_takes_the_expert_it_is_told_and_those_after_it():
     base, batches = base_of("mixtral"), batches_of()
-    assert SameExpert(3)(base.model, base.sites, batches, 5, 1) == [[3]] * len(base.sites)
-    assert SameExpert(3)(base.model, base.sites, batches, 5, 3) == [[3, 0, 1]] * len(base.sites)
+    assert alone(SameExpert(3), base, batches, 5, 1) == [[3]] * len(base.sites)
+    assert alone(SameExpert(3), base, batches, 5, 3) == [[3, 0, 1]] * len(base.sites)
     with pytest.raises(PomonaError, match=r"selection expert 4 is none of the 4 of .*at most 3"):
-        SameExpert(4)(base.model, base.sites, batches, 5, 1)
+        alone(SameExpert(4), base, batches, 5, 1)
     with pytest.raises(PomonaError, match="selection expert -1 is negative"):
         SameExpert(-1)
 
@@ -280,8 +312,8 @@ class Stubborn:
     def __init__(self, own):
         self.own = own
 
-    def __call__(self, model, sites, batches, seed, count):
-        return [self.own for _ in sites]
+    def __call__(self, model, sites, clients, seeds, count):
+        return [[self.own for _ in sites] for _ in clients]
 
 
 @pytest.mark.parametrize("own", [[0], [0, 0], [0, 4], [0, -1], [0, 1, 2]])
@@ -289,10 +321,10 @@ def test_a_rule_that_does_not_keep_its_promise_is_named(own):
     base = base_of("mixtral")
     graft = Graft(selection=Stubborn(own), count=2)
     with pytest.raises(PomonaError, match="Stubborn chose the experts"):
-        choose_experts(base.model, base.sites, graft, [], 0)
+        choose_experts(base.model, base.sites, graft, [[]], [0])
 
 
 def test_more_grafts_than_experts_are_refused():
     base = base_of("mixtral")
     with pytest.raises(PomonaError, match="graft count 5 is more than the 4 experts of model"):
-        choose_experts(base.model, base.sites, Graft(count=5), batches_of(), 0)
+        choose_experts(base.model, base.sites, Graft(count=5), [batches_of()], [0])

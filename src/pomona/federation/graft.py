@@ -98,23 +98,24 @@ def choose_experts(
     model: nn.Module,
     sites: Sequence[ExpertSite],
     graft: Graft,
-    batches: Sequence[Batch],
-    seed: int,
-) -> list[list[int]]:
-    """Return the experts that a client's grafts grow from, `count` distinct ones per site.
+    clients: Sequence[Sequence[Batch]],
+    seeds: Sequence[int],
+) -> list[list[list[int]]]:
+    """Return the experts that every client's grafts grow from, `count` distinct ones per site [C][L][count].
 
-    Raises `PomonaError` when a layer has fewer experts, or a selection rule from outside gives others
-    than it was asked for.
+    `clients` holds the batches of each, `seeds` its own. Raises `PomonaError` when a layer has fewer experts,
+    or a selection rule from outside gives others than it was asked for.
     """
     check_count(sites, graft)
-    found = graft.selection(model, sites, batches, seed, graft.count)
-    chosen = [[int(expert) for expert in own] for own in found]
-    for site, own in zip(sites, chosen, strict=True):
-        if len(set(own)) != graft.count or not all(0 <= e < site.num_experts for e in own):
-            raise PomonaError(
-                f"{type(graft.selection).__name__} chose the experts {own} of {site.name}; a selection "
-                f"rule gives {graft.count} distinct ones of its {site.num_experts}"
-            )
+    found = graft.selection(model, sites, clients, seeds, graft.count)
+    chosen = [[[int(expert) for expert in own] for own in client] for client in found]
+    for client in chosen:
+        for site, own in zip(sites, client, strict=True):
+            if len(set(own)) != graft.count or not all(0 <= e < site.num_experts for e in own):
+                raise PomonaError(
+                    f"{type(graft.selection).__name__} chose the experts {own} of {site.name}; a "
+                    f"selection rule gives {graft.count} distinct ones of its {site.num_experts}"
+                )
     return chosen
 
 

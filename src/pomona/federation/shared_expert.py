@@ -64,7 +64,7 @@ class SharedGraft:
 
     def on(self, model: nn.Module, sites: Sequence[ExpertSite]) -> "SharedExpert":
         """Choose the experts; raises `PomonaError` when a layer does not have the expert."""
-        chosen = choose_experts(model, sites, self.graft, (), 0)
+        (chosen,) = choose_experts(model, sites, self.graft, [()], [0])
         return SharedExpert(self.graft, tuple(map(tuple, chosen)))
 
 

@@ -19,12 +19,14 @@ class RandomExpert:
         self,
         model: nn.Module,
         sites: Sequence[ExpertSite],
-        batches: Sequence[Batch],
-        seed: int,
+        clients: Sequence[Sequence[Batch]],
+        seeds: Sequence[int],
         count: int,
-    ) -> list[list[int]]:
-        """Return distinct indices per site, a function of `seed`."""
-        return draw_experts(sites, count, numpy_generator(seed, "random expert"))
+    ) -> list[list[list[int]]]:
+        """Return distinct indices per site, for every client a function of its seed."""
+        return [
+            draw_experts(sites, count, numpy_generator(seed, "random expert")) for seed in seeds
+        ]
 
 
 def draw_experts(

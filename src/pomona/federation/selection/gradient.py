@@ -17,14 +17,23 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as fn
 
 from pomona.data.examples import Batch
-from pomona.federation.selection.passes import best, check_rows, first_rows
+from pomona.federation.selection.passes import (
+    Pass,
+    best,
+    check_rows,
+    no_sums,
+    shared_passes,
+)
 from pomona.models.attachment import Attachment
 from pomona.models.experts import ExpertSite
+from pomona.models.logits import labelled_logits
 from pomona.models.placement import device_of
 from pomona.models.routing import experts_call
-from pomona.training.loss import completion_losses
+from pomona.shapes import PerClient
+from pomona.training.loss import client_means
 
 
 @dataclass(frozen=True)
@@ -43,37 +52,49 @@ class Gradient:
         self,
         model: nn.Module,
         sites: Sequence[ExpertSite],
-        batches: Sequence[Batch],
-        seed: int,
+        clients: Sequence[Sequence[Batch]],
+        seeds: Sequence[int],
         count: int,
-    ) -> list[list[int]]:
+    ) -> list[list[list[int]]]:
         """Return the experts of highest utility of every site."""
-        return [best(utility_E, count) for utility_E in self.utilities(model, sites, batches)]
+        utilities = self.utilities(model, sites, clients)
+        return [[best(utility_E, count) for utility_E in own] for own in utilities]
 
     def utilities(
-        self, model: nn.Module, sites: Sequence[ExpertSite], batches: Sequence[Batch]
-    ) -> list[Tensor]:
-        """Return u_e for every site, [E] each, in float64."""
-        sums = [torch.zeros(site.num_experts, dtype=torch.float64) for site in sites]
-        for batch in first_rows(batches, self.rows, device_of(model)):
+        self, model: nn.Module, sites: Sequence[ExpertSite], clients: Sequence[Sequence[Batch]]
+    ) -> list[list[Tensor]]:
+        """Return u_e of every client for every site, [E] each, in float64."""
+        sums = no_sums(sites, clients)
+        for one in shared_passes(clients, self.rows, device_of(model)):
             leaves: list[Tensor] = []
             hooks = [
                 model.get_input_embeddings().register_forward_hook(_leaf(leaves)),  # pyright: ignore
                 *(
-                    site.experts.register_forward_hook(_watching(site, sum_E), with_kwargs=True)
-                    for site, sum_E in zip(sites, sums, strict=True)
+                    site.experts.register_forward_hook(
+                        _watching(site, one, [own[place] for own in sums]), with_kwargs=True
+                    )
+                    for place, site in enumerate(sites)
                 ),
             ]
             with Attachment(tuple(hooks)), torch.enable_grad():
-                loss = completion_losses(
-                    model,
-                    batch.input_ids_BT,
-                    batch.attention_mask_BT,
-                    batch.label_mask_BT,
-                    clients=1,
-                ).sum()
-                torch.autograd.grad(loss, leaves)  # nothing is added to any parameter's gradient
+                # Clients' losses have no token in common: the gradient of their sum is each one's own,
+                # and nothing is added to any parameter's.
+                torch.autograd.grad(_losses(model, one).sum(), leaves)
         return sums
+
+
+def _losses(model: nn.Module, one: Pass) -> PerClient:
+    """Return the mean answer loss of each client of a pass."""
+    batch = one.batch
+    logits_ZV = labelled_logits(
+        model, batch.input_ids_BT, batch.attention_mask_BT, batch.label_mask_BT
+    )
+    token_Z = batch.input_ids_BT[batch.label_mask_BT]
+    nats_Z = fn.cross_entropy(logits_ZV.float(), token_Z, reduction="none")
+    sizes = torch.tensor(one.sizes, device=token_Z.device)
+    client_B = torch.arange(len(sizes), device=token_Z.device).repeat_interleave(sizes)
+    client_Z = client_B[batch.label_mask_BT.nonzero()[:, 0]]
+    return client_means(nats_Z, client_Z, len(sizes))
 
 
 def _leaf(leaves: list[Tensor]) -> Callable[..., Tensor]:
@@ -86,8 +107,8 @@ def _leaf(leaves: list[Tensor]) -> Callable[..., Tensor]:
     return hook
 
 
-def _watching(site: ExpertSite, sum_E: Tensor) -> Callable[..., None]:
-    """Wait for the gradient at a layer's output and add every expert's part."""
+def _watching(site: ExpertSite, one: Pass, sums: Sequence[Tensor]) -> Callable[..., None]:
+    """Wait for the gradient at a layer's output and add every expert's part to its client's sum [E]."""
 
     def hook(
         _module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
@@ -95,11 +116,12 @@ def _watching(site: ExpertSite, sum_E: Tensor) -> Callable[..., None]:
         x_ND, index_NK, weight_NK = (value.detach() for value in experts_call(args, kwargs))
 
         def add(pull_ND: Tensor) -> None:
-            for expert in range(site.num_experts):
-                token_n, slot_n = (index_NK == expert).nonzero(as_tuple=True)
-                weight_n1 = weight_NK[token_n, slot_n].unsqueeze(1)
-                own_nD = pull_ND[token_n] * weight_n1.to(pull_ND.dtype)
-                sum_E[expert] += _utility(site, expert, x_ND[token_n], own_nD)
+            for client, own in one.each():
+                for expert in range(site.num_experts):
+                    token_n, slot_n = (index_NK[own] == expert).nonzero(as_tuple=True)
+                    weight_n1 = weight_NK[own][token_n, slot_n].unsqueeze(1)
+                    own_nD = pull_ND[own][token_n] * weight_n1.to(pull_ND.dtype)
+                    sums[client][expert] += _utility(site, expert, x_ND[own][token_n], own_nD)
 
         output.register_hook(add)
 

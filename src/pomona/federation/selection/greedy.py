@@ -51,27 +51,28 @@ class Greedy:
         self,
         model: nn.Module,
         sites: Sequence[ExpertSite],
-        batches: Sequence[Batch],
-        seed: int,
+        clients: Sequence[Sequence[Batch]],
+        seeds: Sequence[int],
         count: int,
-    ) -> list[list[int]]:
+    ) -> list[list[list[int]]]:
         """Return the chosen experts of every site, in the order in which they were."""
-        return [forward_selection(m, count)[0] for m in self.moments(model, sites, batches)]
+        moments = self.moments(model, sites, clients)
+        return [[forward_selection(m, count)[0] for m in own] for own in moments]
 
     def moments(
-        self, model: nn.Module, sites: Sequence[ExpertSite], batches: Sequence[Batch]
-    ) -> list[Moments]:
-        """Return every site's inner products over the client's tokens."""
-        sums = [_no_moments(site.num_experts) for site in sites]
+        self, model: nn.Module, sites: Sequence[ExpertSite], clients: Sequence[Sequence[Batch]]
+    ) -> list[list[Moments]]:
+        """Return every client's and site's inner products over the client's tokens."""
+        sums = [[_no_moments(site.num_experts) for site in sites] for _ in clients]
 
-        def see(place: int, seen: Seen) -> None:
+        def see(client: int, place: int, seen: Seen) -> None:
             site = sites[place]
             tokens = max(1, _BLOCK // (site.num_experts * site.hidden_size))
             pairs = zip(seen.x_ND.split(tokens), seen.routed_ND.split(tokens), strict=True)
             for x_ND, routed_ND in pairs:
-                _accumulate(sums[place], site, x_ND, routed_ND)
+                _accumulate(sums[client][place], site, x_ND, routed_ND)
 
-        watch(model, sites, batches, self.rows, see)
+        watch(model, sites, clients, self.rows, see)
         return sums
 
 

@@ -17,12 +17,13 @@ class Selection(Protocol):
         self,
         model: nn.Module,
         sites: Sequence[ExpertSite],
-        batches: Sequence[Batch],
-        seed: int,
+        clients: Sequence[Sequence[Batch]],
+        seeds: Sequence[int],
         count: int,
-    ) -> list[list[int]]:
-        """Return `count` distinct experts for every site, the best first; the model stays as it was.
+    ) -> list[list[list[int]]]:
+        """Return `count` distinct experts of every site for every client, the best first [C][L][count].
 
-        `batches` and `seed` are the client's own, and nothing of other clients is to be had.
+        `clients` holds every client's own batches, `seeds` its own seed. They are many so that one pass of the
+        base serves all; what one is given must not depend on the others, and the model stays as it was.
         """
         ...

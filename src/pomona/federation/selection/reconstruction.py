@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pomona.data.examples import Batch
-from pomona.federation.selection.passes import Seen, best, check_rows, watch
+from pomona.federation.selection.passes import Seen, best, check_rows, no_sums, watch
 from pomona.models.experts import ExpertSite
 
 
@@ -32,23 +32,26 @@ class Reconstruction:
         self,
         model: nn.Module,
         sites: Sequence[ExpertSite],
-        batches: Sequence[Batch],
-        seed: int,
+        clients: Sequence[Sequence[Batch]],
+        seeds: Sequence[int],
         count: int,
-    ) -> list[list[int]]:
+    ) -> list[list[list[int]]]:
         """Return the indices of the best experts of every site."""
-        return [best(-loss_E, count) for loss_E in self.losses(model, sites, batches)]
+        losses = self.losses(model, sites, clients)
+        return [[best(-loss_E, count) for loss_E in own] for own in losses]
 
     def losses(
-        self, model: nn.Module, sites: Sequence[ExpertSite], batches: Sequence[Batch]
-    ) -> list[Tensor]:
-        """Return Σ_batches ‖F(X) − E_e(X)‖_F for every site, [E] each, in float64."""
-        sums = [torch.zeros(site.num_experts, dtype=torch.float64) for site in sites]
+        self, model: nn.Module, sites: Sequence[ExpertSite], clients: Sequence[Sequence[Batch]]
+    ) -> list[list[Tensor]]:
+        """Return Σ_batches ‖F(X) − E_e(X)‖_F of every client for every site, [E] each, in float64."""
+        sums = no_sums(sites, clients)
 
-        def see(place: int, seen: Seen) -> None:
+        def see(client: int, place: int, seen: Seen) -> None:
             for expert in range(sites[place].num_experts):
                 apart_ND = seen.routed_ND - sites[place].apply(seen.x_ND, expert)
-                sums[place][expert] += torch.linalg.vector_norm(apart_ND.float()).double().cpu()
+                sums[client][place][expert] += (
+                    torch.linalg.vector_norm(apart_ND.float()).double().cpu()
+                )
 
-        watch(model, sites, batches, self.rows, see)
+        watch(model, sites, clients, self.rows, see)
         return sums

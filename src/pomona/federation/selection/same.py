@@ -31,14 +31,17 @@ class SameExpert:
         self,
         model: nn.Module,
         sites: Sequence[ExpertSite],
-        batches: Sequence[Batch],
-        seed: int,
+        clients: Sequence[Sequence[Batch]],
+        seeds: Sequence[int],
         count: int,
-    ) -> list[list[int]]:
+    ) -> list[list[list[int]]]:
         """Return the same indices for every client.
 
         Raises `PomonaError` when a layer does not have the expert.
         """
+        return [self._experts(sites, count) for _ in seeds]
+
+    def _experts(self, sites: Sequence[ExpertSite], count: int) -> list[list[int]]:
         if self.expert is None:
             return draw_experts(sites, count, numpy_generator(self.draw, "same expert"))
         for site in sites:

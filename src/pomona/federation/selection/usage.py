@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pomona.data.examples import Batch
-from pomona.federation.selection.passes import Seen, best, check_rows, watch
+from pomona.federation.selection.passes import Seen, best, check_rows, no_sums, watch
 from pomona.models.experts import ExpertSite
 
 
@@ -32,25 +32,26 @@ class Usage:
         self,
         model: nn.Module,
         sites: Sequence[ExpertSite],
-        batches: Sequence[Batch],
-        seed: int,
+        clients: Sequence[Sequence[Batch]],
+        seeds: Sequence[int],
         count: int,
-    ) -> list[list[int]]:
+    ) -> list[list[list[int]]]:
         """Return the most used experts of every site."""
-        return [best(usage_E, count) for usage_E in self.usage(model, sites, batches)]
+        usage = self.usage(model, sites, clients)
+        return [[best(usage_E, count) for usage_E in own] for own in usage]
 
     def usage(
-        self, model: nn.Module, sites: Sequence[ExpertSite], batches: Sequence[Batch]
-    ) -> list[Tensor]:
-        """Return Σ_x w_e(x) ‖E_e(x)‖ over routed tokens for every site, [E] each, in float64."""
-        sums = [torch.zeros(site.num_experts, dtype=torch.float64) for site in sites]
+        self, model: nn.Module, sites: Sequence[ExpertSite], clients: Sequence[Sequence[Batch]]
+    ) -> list[list[Tensor]]:
+        """Return Σ_x w_e(x) ‖E_e(x)‖ over a client's routed tokens for every site, [E] each, in float64."""
+        sums = no_sums(sites, clients)
 
-        def see(place: int, seen: Seen) -> None:
+        def see(client: int, place: int, seen: Seen) -> None:
             for expert in range(sites[place].num_experts):
                 token_n, weight_n = seen.sent_to(expert)
                 own_nD = sites[place].apply(seen.x_ND[token_n], expert)
                 norm_n = torch.linalg.vector_norm(own_nD.float(), dim=1)
-                sums[place][expert] += (weight_n.double() * norm_n.double()).sum().cpu()
+                sums[client][place][expert] += (weight_n.double() * norm_n.double()).sum().cpu()
 
-        watch(model, sites, batches, self.rows, see)
+        watch(model, sites, clients, self.rows, see)
         return sums
