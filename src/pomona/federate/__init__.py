@@ -12,6 +12,7 @@ from pomona.artifacts.run import RunDirectory
 from pomona.data.duplicates import told
 from pomona.federate.birth import begin
 from pomona.federate.finish import finish
+from pomona.federate.pace import paced
 from pomona.federate.prepare import prepare
 from pomona.federate.rounds import finishing_round, remaining, train_round
 from pomona.federation.holdings import holdings_of
@@ -38,12 +39,13 @@ def federate(
     where = find_device(device)
     rows = settings.data.load(settings.seed)
     settings.check_clients(list(rows))
-    run.claim(inputs_of(settings.model, rows, progress, settings.warm_start))
+    inputs = inputs_of(settings.model, rows, progress, settings.warm_start)
+    run.claim(inputs)
     holdings = holdings_of(rows)
     tell(told(holdings.duplicates))
     if run.finished:
         return run.results()
-    federation = prepare(settings, run, rows, progress, tell, holdings, where)
+    federation = paced(prepare(settings, run, rows, progress, tell, holdings, where), inputs)
     write_holdings(run.path, holdings)
     snapshot = run.snapshot(federation.train) or begin(federation)
     last = settings.last_round

@@ -61,6 +61,7 @@ class Federation:
     holdings: Holdings
     server_first: Mapping[str, Tensor]
     client_first: ClientState
+    cohort: int
 
     @property
     def base(self) -> FrozenBase:
@@ -69,9 +70,14 @@ class Federation:
 
     def private(self, snapshot: Snapshot, client: str) -> ClientState:
         """Return what a client keeps for itself, as of a snapshot: as it has trained it, or newborn."""
-        return self.run.checkpoint.client(snapshot, client) or replace(
+        kept = self.run.checkpoint.client(snapshot, client)
+        return kept or self.newborn(client, snapshot.experts[client])
+
+    def newborn(self, client: str, experts: Sequence[Sequence[int]]) -> ClientState:
+        """Return what a client that has not trained keeps, with grafts on these experts of every site."""
+        return replace(
             self.client_first,
-            graft=self.base.init_graft(self.settings.seed, client, snapshot.experts[client]),
+            graft=self.base.init_graft(self.settings.seed, client, experts),
             personal=self.base.init_personal(self.settings.seed, client),
         )
 
@@ -89,8 +95,8 @@ class Federation:
 
     def cohorts(self, clients: Sequence[str]) -> Iterator[tuple[int, Sequence[str]]]:
         """Yield clients a cohort at a time, with how many have come before."""
-        for start in range(0, len(clients), self.settings.cohort):
-            yield start, clients[start : start + self.settings.cohort]
+        for start in range(0, len(clients), self.cohort):
+            yield start, clients[start : start + self.cohort]
 
     def owner(self, client: str) -> str:
         """Return who trains the model that serves a client."""
@@ -143,6 +149,7 @@ def prepare(
         holdings,
         server_first,
         client_first,
+        settings.least_cohort,
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -67,13 +68,7 @@ def preview(
     base = frozen_base(_plain(settings), outline_model(settings.model, settings.dtype))
     messages, schedule = _messages(settings, base), _schedule(settings, trainers)
     own = split(messages.state, settings.strategy.shares)[1]
-    batch = min(settings.local.batch, max(trainers.values()))
-    step = outlined_step(
-        base,
-        _learning(settings, messages.state, schedule.cohort),
-        schedule.cohort * batch,
-        settings.max_length,
-    )
+    step = _step(settings, base, messages.state, max(trainers.values()), schedule.cohort)
     cost = counted(base, messages.state, step)
     return FederationEstimate(
         total=sum(p.numel() for p in base.model.parameters()),
@@ -95,6 +90,25 @@ def preview(
         rate=rate or matmul_speed(where, base.model.dtype),
         stated=rate is not None,
     )
+
+
+def cohort_memory(settings: FederateSettings, rows: int, cohort: int) -> Memory:
+    """Return what a step of so many clients, of whom one has `rows` train rows, needs at most."""
+    base = frozen_base(_plain(settings), outline_model(settings.model, settings.dtype))
+    state = _messages(settings, base).state
+    step = _step(settings, base, state, rows, cohort)
+    return _memory(settings, base, state, cohort, step)
+
+
+def _step(
+    settings: FederateSettings, base: FrozenBase, state: ClientState, rows: int, cohort: int
+) -> OutlinedStep:
+    """Outline a step of clients of whom one has so many train rows, with what each of them rehearses."""
+    said = settings.rehearsal
+    rehearsed = 0 if said is None else ceil(said.rows * said.length / settings.max_length)
+    each = min(settings.local.batch, rows) + rehearsed
+    learning = _learning(settings, state, cohort)
+    return outlined_step(base, learning, cohort * each, settings.max_length)
 
 
 def _plain(settings: FederateSettings) -> FederateSettings:
@@ -145,7 +159,7 @@ def _schedule(settings: FederateSettings, trainers: Mapping[str, int]) -> _Sched
     rows, steps, cohort = 0, 0, 1
     for round_ in range(1, settings.rounds + 1):
         chosen, answering = settings.drawn(trainers, round_)
-        cohort = max(cohort, min(len(answering), settings.cohort))
+        cohort = max(cohort, min(len(answering), settings.least_cohort))
         for name in chosen:
             sent[name] += 1
         for name in answering:
@@ -157,7 +171,7 @@ def _schedule(settings: FederateSettings, trainers: Mapping[str, int]) -> _Sched
         own = [count for name, count in trainers.items() if settings.finishes(name)]
         rows += finish.rounds * sum(_rows_of(finish.training, count) for count in own)
         steps += finish.rounds * sum(finish.training.steps_of(count) for count in own)
-        cohort = max(cohort, min(len(own), settings.cohort))
+        cohort = max(cohort, min(len(own), settings.least_cohort))
     return _Schedule(sent, answered, rows, steps, cohort)
 
 
@@ -221,7 +235,8 @@ def _memory(
         copies += 2 * settings.local.batch  # every row's own value and gradient
     held = sum(v.nbytes * (copies if v.requires_grad else 1) for v in every)
     weights = sum(p.nbytes for p in base.model.parameters())
-    return Memory(weights, held, step.kept_bytes, step.waiting_bytes + step.layer_bytes)
+    checkpointed = step.waiting_bytes + step.layer_bytes
+    return Memory(weights, held, step.kept_bytes, checkpointed, step.layer_bytes // 2)
 
 
 def _count(tensors: Mapping[str, Tensor]) -> int:

@@ -15,18 +15,24 @@ class Memory:
     """Bytes of the base, of a cohort's trained tensors with all that AdamW has of them, of activations.
 
     Activations are what autograd keeps of a step whose rows are all as long as they may be and answers
-    throughout; `checkpointed` is what it keeps with activation checkpointing.
+    throughout; `checkpointed` is what it keeps with activation checkpointing. `working` is what the backward
+    pass of a layer computes with: measured, up to half of what the layer keeps.
     """
 
     weights: int
     trained: int
     activations: int
     checkpointed: int
+    working: int
 
     def peak(self, checkpointing: bool) -> int:
-        """Return all of them together; what single operations and libraries take comes on top."""
+        """Return all of them together; what libraries take, and allocators hold back, comes on top."""
+        return self.weights + self.training(checkpointing)
+
+    def training(self, checkpointing: bool) -> int:
+        """Return what a step takes beside the weights."""
         kept = self.checkpointed if checkpointing else self.activations
-        return self.weights + self.trained + kept
+        return self.trained + kept + self.working
 
 
 @dataclass(frozen=True)
@@ -119,9 +125,10 @@ class FederationEstimate:
             "evaluation come on top",
             f"memory: {_gib(memory.weights)} weights, {_gib(memory.trained)} trained tensors, gradients "
             f"and moments; activations at most {_gib(memory.activations)}, with checkpointing "
-            f"{_gib(memory.checkpointed)}",
+            f"{_gib(memory.checkpointed)}; {_gib(memory.working)} to compute with",
             f"peak {_gib(memory.peak(False))}, with checkpointing {_gib(memory.peak(True))} (the recipe "
-            f"has it {'on' if self.checkpointing else 'off'}); single operations and libraries come on top",
+            f"has it {'on' if self.checkpointing else 'off'}); libraries and what the allocator holds back "
+            "come on top",
         ]
 
 

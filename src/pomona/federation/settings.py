@@ -62,7 +62,9 @@ class FederateSettings:
     some clients an adapter of a smaller rank. `shared_expert` adds to the adapter one more expert per layer,
     which everybody trains together. `rehearsal` holds every client to what the base says by itself, in
     whatever it trains. With `checkpointing` a layer's activations are computed again
-    in the backward pass: less memory, one more forward pass.
+    in the backward pass: less memory, one more forward pass. `cohort` clients train at once, and `experts` is
+    how frozen experts are computed, by an implementation of transformers ("default": the model's own); "auto"
+    is what a trial finds fastest here, within free memory.
     """
 
     model: str = field(metadata={"path": True})
@@ -75,7 +77,8 @@ class FederateSettings:
     joins: Mapping[str, int] = field(default_factory=dict[str, int])
     newcomers: tuple[str, ...] = ()
     pooled: bool = False
-    cohort: int = 16
+    cohort: int | Literal["auto"] = 16
+    experts: Literal["default", "auto", "grouped_mm", "batched_mm", "eager"] = "default"
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     checkpointing: bool = False
     template: Template = field(default_factory=Alpaca)
@@ -96,7 +99,8 @@ class FederateSettings:
 
     def __post_init__(self) -> None:
         for name in ("rounds", "cohort", "max_length"):
-            if getattr(self, name) < 1 and not (name == "rounds" and self.only_finishes):
+            value = getattr(self, name)
+            if value != "auto" and value < 1 and not (name == "rounds" and self.only_finishes):
                 raise PomonaError(f"{name} {getattr(self, name)} is not positive; use 1 or more")
         if not 0 < self.fraction <= 1:
             raise PomonaError(f"fraction {self.fraction} is not between 0 and 1")
@@ -189,6 +193,11 @@ class FederateSettings:
     def only_finishes(self) -> bool:
         """Whether there are no rounds: everybody is new to a federation that is over (`warm_start`)."""
         return self.rounds == 0 and self.warm_start is not None
+
+    @property
+    def least_cohort(self) -> int:
+        """How many clients train at once, as far as the recipe tells."""
+        return 1 if self.cohort == "auto" else self.cohort
 
     @property
     def last_round(self) -> int:
