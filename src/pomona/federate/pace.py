@@ -26,7 +26,6 @@ from pomona.federation.local import Trained, train_cohort
 from pomona.federation.settings import FederateSettings
 from pomona.federation.stage import Task
 from pomona.files import read_as, write_json
-from pomona.recipe import dump
 
 _IMPLEMENTATIONS = ("grouped_mm", "batched_mm", "eager")
 _MOST = 64  # clients in one batch
@@ -229,7 +228,7 @@ def _machine_file(federation: Federation, inputs: Inputs) -> Path | None:
     device = federation.base.device
     computer = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     told = [
-        dump(replace(settings, seed=0)),
+        repr(replace(settings, seed=0)),
         asdict(inputs),
         [computer, device.type, torch.get_num_threads(), torch.__version__],
     ]
