@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 WORKERS ?= 2
 
-.PHONY: demo test test-slow interop demo-seeds reconstruct federate memory simulate check format lint types layers clean
+.PHONY: demo test test-slow interop demo-seeds reconstruct federate memory simulate scale roofline check format lint types layers clean
 
 demo: $(STAMP)
 	$(BIN)/pomona demo
@@ -34,6 +34,12 @@ memory: $(STAMP)
 
 simulate: $(STAMP)
 	$(BIN)/python benchmarks/simulate.py
+
+scale: $(STAMP)
+	$(BIN)/python benchmarks/scale.py
+
+roofline: $(STAMP)
+	$(BIN)/python benchmarks/roofline.py
 
 demo-seeds: $(STAMP)
 	$(BIN)/python benchmarks/demo.py

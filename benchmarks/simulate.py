@@ -96,7 +96,7 @@ def main() -> None:
         for clients in options.clients:
             for batch in options.rows:
                 for tokens in options.tokens:
-                    work = _work(subject, folder, clients, batch, tokens, options.steps)
+                    work = work_of(subject, folder, clients, batch, tokens, options.steps)
                     rows.append(_measured(folder, work, options.repeats, options.threads))
     columns = [
         "subject",
@@ -133,19 +133,19 @@ def _name(client: int) -> str:
     return f"client-{client:03}"
 
 
-def _work(subject: str, folder: Path, clients: int, batch: int, tokens: int, steps: int) -> Work:
+def work_of(subject: str, folder: Path, clients: int, rows: int, tokens: int, steps: int) -> Work:
     """Deal Dolly's rows, in their order, so that every client has rows of its own."""
     tokenizer = load_tokenizer(folder)
-    rows = read_rows(material() / "dolly-15k" / "train.jsonl")
-    assert len(rows) >= clients * ROWS_OF_A_CLIENT
+    dolly = read_rows(material() / "dolly-15k" / "train.jsonl")
+    assert len(dolly) >= clients * ROWS_OF_A_CLIENT
     examples = [
         [
             encode(row, Alpaca(), tokenizer, tokens)
-            for row in rows[c * ROWS_OF_A_CLIENT : (c + 1) * ROWS_OF_A_CLIENT]
+            for row in dolly[c * ROWS_OF_A_CLIENT : (c + 1) * ROWS_OF_A_CLIENT]
         ]
         for c in range(clients)
     ]
-    return Work(subject, batch, tokens, steps, examples, padding_id(tokenizer))
+    return Work(subject, rows, tokens, steps, examples, padding_id(tokenizer))
 
 
 def _measured(folder: Path, work: Work, repeats: int, threads: int) -> dict[str, Any]:
@@ -183,10 +183,29 @@ def _measured(folder: Path, work: Work, repeats: int, threads: int) -> dict[str,
     }
 
 
-def _ways(folder: Path, work: Work, threads: int) -> dict[str, Callable[[], Done]]:
+def base_of(folder: Path, tokens: int) -> FrozenBase:
+    """Return a model with LoRA to train, ready for rows of so many tokens."""
     model = load_model(folder, "float32")
     freeze(model)
-    base = FrozenBase(model, LORA, packs=can_pack(model, work.tokens))
+    return FrozenBase(model, LORA, packs=can_pack(model, tokens))
+
+
+def trained_round(folder: Path, work: Work) -> Callable[[], Done]:
+    """Return what trains all clients of a round in one cohort."""
+    base = base_of(folder, work.tokens)
+    replicas, first = replicas_of(base), base.init_adapter(SEED)
+    return lambda: _trained(replicas, work, first, len(work.examples))
+
+
+def one_batch(folder: Path, work: Work) -> Callable[[], Done]:
+    """Return what trains all clients of a round in one batch: one forward and backward pass a step."""
+    base = base_of(folder, work.tokens)
+    first = base.init_adapter(SEED)
+    return lambda: _trained(Replicas((base,)), work, first, len(work.examples))
+
+
+def _ways(folder: Path, work: Work, threads: int) -> dict[str, Callable[[], Done]]:
+    base = base_of(folder, work.tokens)
     first = base.init_adapter(SEED)
     tuned = with_adapter(load_model(folder, "float32"), LORA.rank, LORA.alpha, LORA.targets)
     theirs = {f"{PREFIX}{name}.weight": value for name, value in first.items()}

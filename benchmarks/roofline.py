@@ -1,0 +1,172 @@
+"""How much of what plain matrix products reach does local training reach?
+
+    python benchmarks/roofline.py [--subject NAME …] [--clients C …] [--rows B] [--tokens T] [--threads 2]
+                                  [--repeats 5] [--out DIR] [--json PATH]
+
+A step of a cohort's local training (forward, backward, clipping, AdamW) is recorded operation by operation:
+which matrix products, grouped products and attention of which shapes. Then these products alone are computed,
+each as one plain product of its shape (a grouped one expert by expert, causal attention as half of its two
+products), and timed in turn with the step itself. The share of the step's time that they take is the share of
+their FLOP/s that training reaches. LoRA of rank 8 on q, k and v; one batch, all threads.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from record import ROOT, record
+from simulate import SUBJECTS, one_batch, work_of
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pomona.cli.console import print_table
+
+Product = tuple[int, int, int]
+"""[n, k] times [k, m]."""
+
+
+class Products(TorchDispatchMode):
+    """Records the shapes of all products that are computed, and how often."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[Product] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        name = func.name().split("::")[1].split(".")[0]
+        if name in ("mm", "addmm"):
+            left, right = args[-2:]
+            self.seen[len(left), left.shape[1], right.shape[1]] += 1
+        elif name == "bmm":
+            left, right = args
+            self.seen[left.shape[1], left.shape[2], right.shape[2]] += len(left)
+        elif name == "_grouped_mm":
+            self._grouped(*args, **(kwargs or {}))
+        elif "flash_attention" in name:
+            self._attention(backward=name.endswith("backward"), args=args)
+        return found
+
+    def _grouped(self, left: Tensor, right: Tensor, offs: Tensor | None = None, *_: Any) -> None:
+        """Groups lie along the tokens of the left one, or of both: a gradient of weights."""
+        assert offs is not None
+        sizes = [int(size) for size in offs.diff(prepend=offs.new_zeros(1))]
+        for size in filter(None, sizes):
+            if right.ndim == 3:
+                self.seen[size, left.shape[1], right.shape[2]] += 1
+            else:
+                self.seen[left.shape[0], size, right.shape[1]] += 1
+
+    def _attention(self, backward: bool, args: Sequence[Any]) -> None:
+        """Half of all pairs: two products forward, five backward (one of them computes again)."""
+        query, key = args[1:3] if backward else args[:2]
+        rows, heads, length, width = query.shape
+        half = max(1, key.shape[2] // 2)
+        count = rows * heads * (5 if backward else 2)
+        self.seen[length, width, half] += count
+
+
+def main() -> None:
+    options = _options()
+    os.environ.setdefault("POMONA_DATA", str(ROOT.parent / "shared" / "data"))
+    os.environ.setdefault("POMONA_MODELS", str(ROOT.parent / "shared" / "models"))
+    torch.set_num_threads(options.threads)
+    rows = list(_rows(options))
+    columns = ["subject", "C", "tokens a step", "step s", "products s", "GFLOP/s", "share"]
+    print_table("local training", columns, [_shown(row) for row in rows])
+    record(options.json, rows, list(_bars(rows)), threads=options.threads)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--subject", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "federate")
+    kept = ROOT / "benchmarks" / "results" / "roofline.json"
+    parser.add_argument("--json", type=Path, default=kept)
+    return parser.parse_args()
+
+
+def _rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for subject in options.subject:
+        folder = SUBJECTS[subject](options.out)
+        for clients in options.clients:
+            work = work_of(subject, folder, clients, options.rows, options.tokens, steps=1)
+            step = one_batch(folder, work)
+            step()
+            with Products() as products:
+                step()
+            plain = _plain(products.seen)
+            plain()
+            seconds: dict[str, list[float]] = {"step": [], "products": []}
+            for _ in range(options.repeats):
+                for name, way in (("step", step), ("products", plain)):
+                    began = time.perf_counter()
+                    way()
+                    seconds[name].append(time.perf_counter() - began)
+            median = {name: statistics.median(own) for name, own in seconds.items()}
+            yield {
+                "subject": subject,
+                "clients": clients,
+                "tokens_of_a_step": sum(len(e.input_ids) for own in work.drawn() for e in own[0]),
+                "flops": sum(2 * n * k * m * count for (n, k, m), count in products.seen.items()),
+                "products": sum(products.seen.values()),
+                "seconds": seconds,
+                "share": median["products"] / median["step"],
+            }
+
+
+def _plain(products: Mapping[Product, int]) -> Callable[[], None]:
+    """Return what computes each product as often as it was seen, on numbers of its own."""
+    made = [
+        (torch.randn(n, k), torch.randn(k, m), torch.empty(n, m), count)
+        for (n, k, m), count in products.items()
+    ]
+
+    def run() -> None:
+        for left, right, out, count in made:
+            for _ in range(count):
+                torch.mm(left, right, out=out)
+
+    return run
+
+
+def _bars(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        if row["subject"] == "mixtral-24m" and row["tokens_of_a_step"] >= 2048:
+            name = f"{row['subject']}, {row['tokens_of_a_step']:,} tokens a step: share of the products' FLOP/s"
+            yield {
+                "name": name,
+                "value": row["share"],
+                "bar": 0.6,
+                "holds": row["share"] >= 0.6,
+            }
+
+
+def _shown(row: Mapping[str, Any]) -> list[str]:
+    step, products = (statistics.median(own) for own in row["seconds"].values())
+    return [
+        row["subject"],
+        str(row["clients"]),
+        f"{row['tokens_of_a_step']:,}",
+        f"{step:.3f}",
+        f"{products:.3f}",
+        f"{row['flops'] / step / 1e9:.1f}",
+        f"{row['share']:.2f}",
+    ]
+
+
+if __name__ == "__main__":
+    main()
