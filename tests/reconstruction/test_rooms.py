@@ -24,7 +24,14 @@ from pomona.reconstruction.balance import balanced_clusters
 from pomona.reconstruction.calibrate import calibrate, saliency, stats_of
 from pomona.reconstruction.cluster import Linkage, cluster, random_groups, refine
 from pomona.reconstruction.compensate import Bias, NoCompensation, Ridge, normal_equations
-from pomona.reconstruction.ffn import dense_model, keep_mask, observe, pruned, top_channels
+from pomona.reconstruction.ffn import (
+    dense_model,
+    keep_mask,
+    masked,
+    observe,
+    pruned,
+    top_channels,
+)
 from pomona.reconstruction.outputs import OutputMoments, output_moments
 from pomona.reconstruction.plan import ExpertPlan
 from pomona.reconstruction.planners import Calibration, TopChannels
@@ -75,18 +82,29 @@ def test_scores_are_the_published_formulas():
         torch.testing.assert_close(SCORES[name]()(stats_of(h), down), value)
 
 
-def test_masks_prune_like_zeroed_columns_and_come_off(dense):
+def test_pruned_is_masked_is_zeroed_columns_and_the_weights_come_back(dense):
     tokens = windows(1)
     plain = text_loss(dense.model, tokens)
-    kept = torch.stack([torch.arange(0, 64, 2)] * 2)
-    with pruned(dense, keep_mask(kept, 64)):
-        masked = text_loss(dense.model, tokens)
+    before = {name: (value, value.clone()) for name, value in dense.model.named_parameters()}
+    kept = torch.stack([torch.arange(0, 64, 2), torch.arange(32)])
+    with pruned(dense, kept):
+        assert {down.weight.shape[1] for down in dense.downs} == {32}
+        sliced = text_loss(dense.model, tokens)
+    with masked(dense, keep_mask(kept, 64)):
+        assert sliced == pytest.approx(text_loss(dense.model, tokens), abs=1e-6)
+    after = dict(dense.model.named_parameters())
+    assert list(after) == list(before)
+    for name, (value, copy) in before.items():
+        assert after[name] is value
+        assert torch.equal(value, copy)
+    with pytest.raises(KeyError), pruned(dense, kept):
+        raise KeyError
     assert text_loss(dense.model, tokens) == plain
     with torch.no_grad():
-        for down in dense.downs:
-            down.weight[:, 1::2] = 0
-    assert masked == pytest.approx(text_loss(dense.model, tokens), abs=1e-6)
-    assert masked != pytest.approx(plain, abs=1e-6)
+        dense.downs[0].weight[:, 1::2] = 0
+        dense.downs[1].weight[:, 32:] = 0
+    assert sliced == pytest.approx(text_loss(dense.model, tokens), abs=1e-6)
+    assert sliced != pytest.approx(plain, abs=1e-6)
 
 
 def test_perplexity_affinity_normalises_columns_and_correlates_rows(dense):
@@ -96,7 +114,7 @@ def test_perplexity_affinity_normalises_columns_and_correlates_rows(dense):
         dense, list(tokens), scores, list(tokens.values()), 8, "rows", silent
     )
     p = found.perplexity_MM.numpy()
-    with pruned(dense, keep_mask(top_channels(scores[2], 8), 64)):
+    with masked(dense, keep_mask(top_channels(scores[2], 8), 64)):
         assert p[2, 1] == pytest.approx(perplexity(text_loss(dense.model, tokens["b"])))
     np.testing.assert_allclose(found.correlation_MM.numpy(), np.corrcoef(p.min(0) / p), atol=1e-9)
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as fn
 
 from pomona.data.examples import Example, collate, pack
-from pomona.models.logits import labelled_logits, packed_predictions
+from pomona.models.logits import labelled_logits, packed_predictions, text_nats
 from pomona.models.packing import packing_of
 from pomona.models.placement import device_of
 from pomona.shapes import AttentionMask, Tokens
@@ -100,10 +100,7 @@ def window_losses(
     """Return every window's loss over its predicted tokens: all but the first."""
     losses: list[RowLoss] = []
     for short_BT in windows_BT.to(device_of(model)).split(batch_size):
-        input_ids_BT = short_BT.long()
-        logits = model(input_ids=input_ids_BT, use_cache=False).logits[:, :-1]
-        target_BT = input_ids_BT[:, 1:]
-        nats_BT = fn.cross_entropy(logits.mT.float(), target_BT, reduction="none")
+        nats_BT = text_nats(model, short_BT.long())
         losses += [RowLoss(float(nats_T.double().sum()), len(nats_T)) for nats_T in nats_BT]
     return losses
 

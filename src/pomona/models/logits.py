@@ -45,19 +45,42 @@ def packed_predictions(
     None may be a row's first. Nats need no logits of all tokens at once where the output embedding has the last
     word, which a family that scales or caps its logits does not leave to it.
     """
-    given, counts = packed_arguments(ids_N, packing), [len(scored_Z), len(said_Y)]
-    place_X = torch.cat([scored_Z, said_Y]) - 1
+    given = packed_arguments(ids_N, packing)
+    return _predicted(model, scored_Z - 1, ids_N[scored_Z], said_Y - 1, given)
+
+
+def text_nats(model: nn.Module, ids_BT: Tokens) -> Float[Tensor, "B T-1"]:
+    """Return the nats of every token of texts but the first of each row."""
+    rows, length = ids_BT.shape
+    place_BT = torch.arange(rows * length, device=ids_BT.device).view(rows, length)
+    given = {"input_ids": ids_BT, "use_cache": False}
+    before_Z = place_BT[:, :-1].flatten()
+    nats_Z, _ = _predicted(model, before_Z, ids_BT[:, 1:].flatten(), before_Z[:0], given)
+    return nats_Z.view(rows, length - 1)
+
+
+def _predicted(
+    model: nn.Module, place_Z: Tensor, token_Z: Tensor, said_Y: Tensor, given: dict[str, Any]
+) -> tuple[Float[Tensor, " Z"], Float[Tensor, "Y V"]]:
+    """Return the nats of tokens that some places predict, and the logits of other places."""
+    place_X, counts = torch.cat([place_Z, said_Y]), [len(place_Z), len(said_Y)]
     head = cast(nn.Module, model.get_output_embeddings())  # pyright: ignore[reportCallIssue]
-    if type(head) is nn.Linear and not head.weight.requires_grad and _HEAD_ENDS.get(model, True):
+    if type(head) is nn.Linear and _is_constant(head) and _HEAD_ENDS.get(model, True):
         hidden_XD, head_1V, logits_1V = _ended(model, place_X, given)
         if model not in _HEAD_ENDS:  # told once: it is the family's
             _HEAD_ENDS[model] = torch.equal(head_1V, logits_1V)
         if _HEAD_ENDS[model]:
             hidden_ZD, hidden_YD = hidden_XD.split(counts)
-            return nats_of(hidden_ZD, head, ids_N[scored_Z]), head(hidden_YD)
+            return nats_of(hidden_ZD, head, token_Z), head(hidden_YD)
     # Two views: nothing as wide as the vocabulary is copied.
     logits_ZV, said_YV = _logits_at(model, place_X, given).split(counts)
-    return fn.cross_entropy(logits_ZV.float(), ids_N[scored_Z], reduction="none"), said_YV
+    return fn.cross_entropy(logits_ZV.float(), token_Z, reduction="none"), said_YV
+
+
+def _is_constant(head: nn.Linear) -> bool:
+    """Whether an output embedding lies in memory (one on disk visits it during the pass) and does not learn."""
+    learns = torch.is_grad_enabled() and head.weight.requires_grad
+    return head.weight.device.type != "meta" and not learns
 
 
 def _ended(

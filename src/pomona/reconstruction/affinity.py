@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pomona.evaluation.loss import perplexity, text_loss
 from pomona.progress import Progress
-from pomona.reconstruction.ffn import DenseModel, keep_mask, pruned, top_channels
+from pomona.reconstruction.ffn import DenseModel, pruned, top_channels
 from pomona.shapes import Affinity, PerLayerChannel, Tokens
 
 AffinityKind = Literal["perplexity", "scores"]
@@ -46,14 +46,14 @@ def perplexity_affinity(
     correlate: Correlate,
     progress: Progress,
 ) -> DomainAffinity:
-    """Prune for every domain and measure on every domain: M² evaluations, no copy of the weights.
+    """Prune for every domain and measure on every domain: M² evaluations, of what is kept alone.
 
     "rows" compares what two domains' pruned models do to all domains, "columns" what all pruned
     models do to two domains; DIVE does not say which.
     """
     perplexity_MM = torch.zeros(len(domains), len(domains), dtype=torch.float64)
     for i, score_LF in enumerate(scores):
-        with pruned(dense, keep_mask(top_channels(score_LF, width), dense.channels)):
+        with pruned(dense, top_channels(score_LF, width)):
             for j, windows_BT in enumerate(windows):
                 progress("affinity", i * len(domains) + j, len(domains) ** 2)
                 perplexity_MM[i, j] = perplexity(text_loss(dense.model, windows_BT))

@@ -1,11 +1,12 @@
 """The FFNs of a dense model, and what flows through them."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import cast
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -159,10 +160,46 @@ def mean_hidden(dense: DenseModel, windows_BT: Tokens, batch: int = 16) -> Tenso
     return torch.cat(means)
 
 
-def pruned(dense: DenseModel, keep_LF: PerLayerChannel | Tensor) -> Attachment:
-    """Attach masks at the inputs of `down_proj`: a pruned model without a copy of any weight.
+@contextmanager
+def pruned(dense: DenseModel, kept_LW: Int[Tensor, "L W"]) -> Generator[None]:
+    """Prune every FFN to its kept channels (in ascending order) for a while; what is pruned is not computed.
 
-    `keep_LF` is 1 for kept channels and 0 for pruned ones.
+    The kept rows of `gate_proj` and `up_proj` and columns of `down_proj` take the place of the weights. Weights
+    that lie on disk stay there, and pruned channels are zeroed at the input of `down_proj` (`masked`).
+    """
+    if dense.downs[0].weight.device.type == "meta":
+        with masked(dense, keep_mask(kept_LW, dense.channels)):
+            yield
+        return
+    whole = [(part, dict(part.named_parameters())) for part in _parts(dense)]
+    try:
+        for ffn, kept_W in zip(dense.ffns, kept_LW.to(dense.device), strict=True):
+            for name, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
+                _take(ffn.get_submodule(name), kept_W, dim)
+        yield
+    finally:
+        for part, parameters in whole:
+            for name, parameter in parameters.items():
+                setattr(part, name, parameter)
+
+
+def _parts(dense: DenseModel) -> list[nn.Linear]:
+    names = ("gate_proj", "up_proj", "down_proj")
+    return [cast(nn.Linear, getattr(ffn, name)) for ffn in dense.ffns for name in names]
+
+
+def _take(part: nn.Module, kept_W: Tensor, dim: int) -> None:
+    """Replace a projection's parameters by those of some channels; a bias of the output is no channel's."""
+    for name, parameter in list(part.named_parameters()):
+        if dim < parameter.ndim:
+            own = parameter.detach().index_select(dim, kept_W)
+            setattr(part, name, nn.Parameter(own, requires_grad=False))
+
+
+def masked(dense: DenseModel, keep_LF: PerLayerChannel | Tensor) -> Attachment:
+    """Attach masks at the inputs of `down_proj`: a pruned model that computes everything, without any copy.
+
+    `keep_LF` is 1 for kept channels and 0 for pruned ones. The twin of `pruned`.
     """
 
     def mask(keep_F: Tensor) -> Callable[..., tuple[Activation]]:
