@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 WORKERS ?= 2
 
-.PHONY: demo test test-slow interop demo-seeds reconstruct federate memory simulate scale roofline check format lint types layers clean
+.PHONY: demo test test-slow interop demo-seeds reconstruct federate memory simulate scale roofline reconstruct-speed check format lint types layers clean
 
 demo: $(STAMP)
 	$(BIN)/pomona demo
@@ -40,6 +40,9 @@ scale: $(STAMP)
 
 roofline: $(STAMP)
 	$(BIN)/python benchmarks/roofline.py
+
+reconstruct-speed: $(STAMP)
+	$(BIN)/python benchmarks/reconstruct_speed.py
 
 demo-seeds: $(STAMP)
 	$(BIN)/python benchmarks/demo.py
