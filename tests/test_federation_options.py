@@ -384,6 +384,7 @@ def test_what_is_rehearsed_is_the_same_with_checkpointing(settings, tmp_path):
     ("given", "message"),
     [
         ({"joins": {"kiwis": 2}}, 'joins: there is no client "kiwis"'),
+        ({"local": LocalTraining(rates={"kiwis": 2.0})}, 'local.rates: there is no client "kiwis"'),
         ({"newcomers": ("kiwis",)}, 'newcomers: there is no client "kiwis"'),
         ({"newcomers": ("apples", "pears", "plums")}, "all clients are newcomers"),
         ({"joins": {"pears": 9}}, 'client "pears" joins in round 9, but the rounds are 1 to 3'),

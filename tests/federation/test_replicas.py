@@ -94,6 +94,21 @@ def test_side_by_side_is_one_after_another_bit_for_bit(family, checkpointing):
     same(found, train_cohort(base, tasks, *REST), close=True)
 
 
+def test_every_client_of_a_cohort_trains_at_its_own_rate():
+    """Factors of the learning rate, against each client alone at that rate."""
+    base = base_of()
+    tasks = tasks_of(base, 3)
+    rates = {"client 1": 0.25, "client 2": 0.0}
+    found = train_cohort(base, tasks, replace(TRAINING, rates=rates), *REST[1:])
+    for task, own in zip(tasks, found, strict=True):
+        factor = rates.get(task.client, 1.0)
+        rate = TRAINING.learning_rate * factor
+        alone = replace(TRAINING, learning_rate=rate, final_learning_rate=min(rate, 5e-5))
+        same([own], train_cohort(base, [task], alone, *REST[1:]), close=True)
+    still = found[2].state.adapter
+    assert all(torch.equal(value, tasks[2].state.adapter[name]) for name, value in still.items())
+
+
 @pytest.mark.parametrize("clients", [1, 2, 3])
 def test_clients_fewer_than_threads(clients):
     base = base_of()

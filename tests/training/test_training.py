@@ -34,6 +34,22 @@ def test_stacked_adamw_equals_torchs_own_per_client(optimiser):
         torch.testing.assert_close(stacked[client].detach(), alone[0].detach())
 
 
+def test_every_client_at_its_own_learning_rate():
+    """Factors of a cohort's rate, against torch's own AdamW at that rate for each client."""
+    optimiser, factors = AdamW(weight_decay=0.1), [1.0, 0.25, 3.0]
+    stacked = torch.ones(3, 2, requires_grad=True)
+    fit([stacked], losses_of(stacked, TARGET), 5, lambda _: 0.1, optimiser, factors=factors)
+    for client, factor in enumerate(factors):
+        alone = torch.ones(1, 2, requires_grad=True)
+        loss = losses_of(alone, TARGET[client : client + 1])
+        fit([alone], loss, 5, lambda _, own=0.1 * factor: own, optimiser)
+        torch.testing.assert_close(stacked[client].detach(), alone[0].detach())
+    plain, ones = torch.ones(3, 2, requires_grad=True), torch.ones(3, 2, requires_grad=True)
+    fit([plain], losses_of(plain, TARGET), 5, lambda _: 0.1, optimiser)
+    fit([ones], losses_of(ones, TARGET), 5, lambda _: 0.1, optimiser, factors=[1.0] * 3)
+    assert torch.equal(plain, ones)
+
+
 def test_one_clients_huge_gradient_leaves_the_others_alone():
     a, b = torch.ones(2, 3), torch.ones(2, 2, 2)
     a.grad = torch.stack([torch.full((3,), 1e6), torch.full((3,), 0.1)])

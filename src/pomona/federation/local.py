@@ -36,6 +36,8 @@ class LocalTraining:
     With `dp_sgd` the gradient of every row is clipped and their sum is noised: every row counts the same,
     however long its answer, each step draws its rows anew, and the optimiser's own `clip` is off.
 
+    `rates` are factors of the learning rate for some clients; the others' is 1.
+
     `router_loss` is the factor of the router's load-balancing loss over a client's rows of a step ("model": the
     one in the model's config), for mixtures that define one; with `dp_sgd` over each row by itself.
     """
@@ -49,6 +51,7 @@ class LocalTraining:
     optimiser: AdamW = field(default_factory=AdamW)
     dp_sgd: DPSGD | None = None
     router_loss: float | Literal["model"] = 0.0
+    rates: Mapping[str, float] = field(default_factory=dict[str, float])
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("batch", 1), ("epochs", 0)):
@@ -65,6 +68,11 @@ class LocalTraining:
             raise PomonaError(
                 f'local router_loss {self.router_loss} is not 0 or more; use for example 0.001, or "model"'
             )
+        for name, rate in self.rates.items():
+            if not 0 <= rate < inf:
+                raise PomonaError(
+                    f'local rates: the factor {rate} of client "{name}" is not 0 or more; use for example 0.5'
+                )
         if self.dp_sgd is not None and self.epochs:
             raise PomonaError(
                 "local dp_sgd draws the rows of every step anew, so that there are no epochs; leave epochs "
@@ -124,6 +132,7 @@ def train_cohort(
             []
             if said is None
             else [said.drawn(seed, round_, tasks[c].client, first, last) for c in members],
+            [training.rates.get(tasks[c].client, 1.0) for c in members],
         )
         try:
             trained = stage.run([states[c] for c in members])

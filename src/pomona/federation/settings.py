@@ -237,6 +237,8 @@ class FederateSettings:
             ("joins", self.joins),
             ("newcomers", self.newcomers),
             ("ranks", self.ranks),
+            ("local.rates", () if self.pooled else self.local.rates),
+            ("finish.training.rates", self.finishing.training.rates if self.finishing else ()),
         ):
             for name in told:
                 if name not in names:

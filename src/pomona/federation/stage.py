@@ -41,7 +41,8 @@ class Task:
 class Stage:
     """Some steps of some clients together; `drawn` [C][steps][rows] are the rows of each.
 
-    `texts` [C][steps][rows] are those that each rehearses, if the base has any.
+    `texts` [C][steps][rows] are those that each rehearses, if the base has any. `rate` is the learning rate,
+    `factors` are those of each client's (none: all 1).
 
     With `noise` the optimiser sees clipped and noised gradients of the rows, and what they cost a client
     beside (a penalty, a correction) is added to them: it is made of what is sent or noised already.
@@ -57,6 +58,7 @@ class Stage:
     noise: RowNoise | None = None
     router_loss: float = 0.0
     texts: Sequence[Sequence[Sequence[int]]] = ()
+    factors: Sequence[float] = ()
 
     def run(
         self, states: Sequence[ClientState]
@@ -89,6 +91,7 @@ class Stage:
                 self.optimiser if self.noise is None else replace(self.optimiser, clip=0.0),
                 resume=resume,
                 after=lambda moments, _losses: last.__setitem__(slice(None), [moments]),
+                factors=self.factors,
             )
         own = unstack(_with_moments(state, names, last[0]).to(_MEMORY), len(self.tasks))
         gradients = [

@@ -1,6 +1,7 @@
 """One loop over one stacked AdamW that equals C separate ones."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -72,12 +73,14 @@ def fit(
     accumulate: int = 1,
     resume: Moments | None = None,
     after: Callable[[Moments, PerClient], None] | None = None,
+    factors: Sequence[float] = (),
 ) -> Float[Tensor, "steps C"]:
     """Train stacked parameters [C, …] in place and return every client's loss at every step.
 
     `losses(i)` gives one loss per client for the i-th batch; their sum is differentiated once, and
     `accumulate` batches make a step. With `resume` training goes on where those moments were taken:
-    the parameters have to be those of that step. `after` sees the moments and losses of every step.
+    the parameters have to be those of that step. `after` sees the moments and losses of every step. `factors`
+    are those of each client's learning rate (none: all 1).
     Raises `NotFiniteError` for the first client whose loss, or parameters at the end, are not finite.
     """
     engine = optimiser.build(parameters)
@@ -91,7 +94,8 @@ def fit(
         loss_C = sum_of_steps(losses, step, accumulate)
         if optimiser.clip > 0:
             clip_per_client(parameters, optimiser.clip)
-        engine.step()
+        with _at_rates(parameters, factors):
+            engine.step()
         history.append(loss_C)
         if after is not None:
             after(_moments(engine, parameters, step + 1), loss_C)
@@ -100,6 +104,19 @@ def fit(
         if not bool(good_C.all()):
             raise NotFiniteError(int((~good_C).nonzero()[0]), steps - 1)
     return torch.stack(history) if history else torch.zeros(0, 1)
+
+
+@contextmanager
+def _at_rates(parameters: Sequence[Tensor], factors: Sequence[float]) -> Generator[None]:
+    """Scale what a step changes by each client's factor: AdamW's changes are in proportion to its rate."""
+    if all(factor == 1 for factor in factors):
+        yield
+        return
+    before = [parameter.detach().clone() for parameter in parameters]
+    yield
+    for parameter, old in zip(parameters, before, strict=True):
+        factor_C = parameter.new_tensor(factors).view(-1, *[1] * (parameter.ndim - 1))
+        parameter.data.copy_(old + factor_C * (parameter.data - old))
 
 
 def sum_of_steps(losses: Callable[[int], PerClient], step: int, accumulate: int) -> PerClient:
