@@ -153,9 +153,9 @@ def rows_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(moe_dir: Path, rows_dir: Path):
     """A small federation of three clients."""
     from pomona.federation.clients import ClientData  # types are checked in what is imported later
+    from pomona.federation.evaluation import Evaluation
     from pomona.federation.graft import Graft
     from pomona.federation.local import LocalTraining
-    from pomona.federation.measure import Evaluation
     from pomona.federation.settings import FederateSettings
     from pomona.models.lora import LoRA
 

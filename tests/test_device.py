@@ -13,8 +13,8 @@ from pomona.artifacts.run import RunDirectory
 from pomona.errors import PomonaError
 from pomona.federate import federate
 from pomona.federation.dp_sgd import DPSGD
+from pomona.federation.evaluation import Evaluation
 from pomona.federation.graft import Graft
-from pomona.federation.measure import Evaluation
 from pomona.federation.selection.chance import RandomExpert
 from pomona.federation.selection.gradient import Gradient
 from pomona.federation.selection.greedy import Greedy

@@ -17,7 +17,8 @@ from pomona.evaluation.experts import ExpertLoad, expert_load
 from pomona.evaluation.loss import RowLoss, perplexity, window_losses
 from pomona.evaluation.speed import Speed, generation_speeds
 from pomona.evaluation.tasks import TaskResults, installed_harness
-from pomona.federation.measure import Evaluation, answers_of, loss_summary, losses_of
+from pomona.federation.evaluation import Evaluation
+from pomona.federation.measure import answers_of, loss_summary, losses_of
 from pomona.models.experts import ExpertSite, find_expert_sites
 from pomona.models.loading import context_length, load_model, load_tokenizer
 from pomona.models.placement import moved

@@ -19,9 +19,9 @@ from pomona.errors import PomonaError
 from pomona.evaluation.significance import holm
 from pomona.federate import federate
 from pomona.federation.clients import ClientData
+from pomona.federation.evaluation import Evaluation
 from pomona.federation.graft import Graft
 from pomona.federation.local import LocalTraining
-from pomona.federation.measure import Evaluation
 from pomona.federation.partition import Dirichlet
 from pomona.federation.settings import FederateSettings
 from pomona.federation.strategies import LocalOnly

@@ -15,9 +15,9 @@ from pomona.data.rows import Row
 from pomona.errors import PomonaError
 from pomona.federate import federate
 from pomona.federation.clients import ClientData, ClientRows
+from pomona.federation.evaluation import Evaluation
 from pomona.federation.holdings import holdings_of
 from pomona.federation.local import LocalTraining
-from pomona.federation.measure import Evaluation
 from pomona.federation.partition import EvenDirichlet
 from pomona.federation.settings import FederateSettings
 from pomona.models.lora import LoRA

@@ -13,8 +13,8 @@ from pomona.artifacts.run import RunDirectory
 from pomona.errors import PomonaError
 from pomona.federate import federate
 from pomona.federation.clients import ClientData
+from pomona.federation.evaluation import Evaluation
 from pomona.federation.local import LocalTraining
-from pomona.federation.measure import Evaluation
 from pomona.federation.settings import FederateSettings
 from pomona.models.fingerprint import checkpoint_digests
 from pomona.models.lora import LoRA

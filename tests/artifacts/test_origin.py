@@ -16,9 +16,9 @@ from pomona.errors import PomonaError
 from pomona.evaluate import on_rows
 from pomona.federate import federate
 from pomona.federation.clients import ClientData
+from pomona.federation.evaluation import Evaluation
 from pomona.federation.graft import Graft
 from pomona.federation.local import LocalTraining
-from pomona.federation.measure import Evaluation
 from pomona.federation.settings import FederateSettings
 from pomona.models.experts import find_expert_sites
 from pomona.models.fingerprint import base_fingerprint, experts_fingerprint

@@ -17,9 +17,9 @@ from pomona.artifacts.table import compare, load_runs, pairwise, table
 from pomona.errors import PomonaError
 from pomona.federate import federate
 from pomona.federation.clients import ClientData
+from pomona.federation.evaluation import Evaluation
 from pomona.federation.graft import Graft
 from pomona.federation.local import LocalTraining
-from pomona.federation.measure import Evaluation
 from pomona.federation.settings import FederateSettings, Finish
 from pomona.federation.strategies import LocalOnly
 from pomona.files import digest_of

@@ -16,9 +16,9 @@ from conftest import word_text
 from pomona.cli.app import main
 from pomona.data.formats import Mapped
 from pomona.federation.clients import ClientData
+from pomona.federation.evaluation import Evaluation
 from pomona.federation.graft import Graft
 from pomona.federation.local import LocalTraining
-from pomona.federation.measure import Evaluation
 from pomona.federation.partition import ByCategory, Dirichlet
 from pomona.federation.settings import FederateSettings
 from pomona.models.lora import LoRA

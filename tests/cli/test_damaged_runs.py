@@ -11,9 +11,9 @@ import pytest
 from pomona.artifacts.run import RunDirectory
 from pomona.cli.app import main
 from pomona.federation.clients import ClientData
+from pomona.federation.evaluation import Evaluation
 from pomona.federation.graft import Graft
 from pomona.federation.local import LocalTraining
-from pomona.federation.measure import Evaluation
 from pomona.federation.partition import ByCategory
 from pomona.federation.settings import FederateSettings
 from pomona.models.lora import LoRA

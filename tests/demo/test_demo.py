@@ -12,8 +12,8 @@ from pomona.data.texts import encode_texts
 from pomona.demo import story
 from pomona.demo.clients import HOUSES, answer, client_rows, tool_of
 from pomona.demo.domains import DOMAINS, FRUITS, SEASONS, domain_texts
+from pomona.federation.evaluation import Evaluation
 from pomona.federation.local import LocalTraining
-from pomona.federation.measure import Evaluation
 from pomona.models.loading import load_model, load_tokenizer
 
 

@@ -15,9 +15,10 @@ from pomona.federate import federate
 from pomona.federation.clients import ClientData
 from pomona.federation.cohort import FrozenBase
 from pomona.federation.cost import base_flops, cost_of, lora_everywhere
+from pomona.federation.evaluation import Evaluation
 from pomona.federation.graft import Graft
 from pomona.federation.local import LocalTraining
-from pomona.federation.measure import Evaluation, communication, message_bytes, speed_of
+from pomona.federation.measure import communication, message_bytes, speed_of
 from pomona.federation.settings import FederateSettings
 from pomona.federation.update import ClientState, Update
 from pomona.models.experts import find_expert_sites

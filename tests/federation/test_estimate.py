@@ -30,9 +30,10 @@ from pomona.federate.preview import preview
 from pomona.federation.cohort import FrozenBase
 from pomona.federation.dp_sgd import DPSGD
 from pomona.federation.estimate import active_parameters
+from pomona.federation.evaluation import Evaluation
 from pomona.federation.graft import Graft
 from pomona.federation.local import LocalTraining
-from pomona.federation.measure import Evaluation, message_bytes
+from pomona.federation.measure import message_bytes
 from pomona.federation.outline import id_of, outlined_step
 from pomona.federation.rehearsal import Rehearsal
 from pomona.federation.settings import Finish

@@ -7,7 +7,8 @@ from laws.test_federation_laws import TOKENS, base_of, grown, logits, newborn
 from torch.nn import functional as fn
 
 from pomona.errors import PomonaError
-from pomona.federation.graft import Graft, measure_gates, selected_experts
+from pomona.federation.gates import measure_gates
+from pomona.federation.graft import Graft, selected_experts
 from pomona.federation.private_expert import gate_value
 from pomona.federation.update import ClientState, stack
 from pomona.models.experts import enable_checkpointing

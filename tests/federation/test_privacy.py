@@ -25,9 +25,9 @@ from pomona.errors import PomonaError
 from pomona.federate import federate
 from pomona.federation.clients import ClientData
 from pomona.federation.early_stop import EarlyStop
+from pomona.federation.evaluation import Evaluation
 from pomona.federation.graft import Graft
 from pomona.federation.local import LocalTraining
-from pomona.federation.measure import Evaluation
 from pomona.federation.privacy import KEY, Privacy, clipped, epsilon, noise_key, protect
 from pomona.federation.settings import FederateSettings, Finish
 from pomona.federation.strategies import (

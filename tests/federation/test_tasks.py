@@ -17,8 +17,8 @@ from pomona.artifacts.run import RunDirectory
 from pomona.errors import PomonaError
 from pomona.evaluate import on_tasks
 from pomona.federate import federate
+from pomona.federation.evaluation import Evaluation
 from pomona.federation.local import LocalTraining
-from pomona.federation.measure import Evaluation
 from pomona.federation.strategies import LocalOnly
 from pomona.files import digest_of
 from pomona.recipe import dump, read_recipe

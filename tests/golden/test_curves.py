@@ -13,9 +13,9 @@ from conftest import word_text
 from pomona.artifacts.run import RunDirectory
 from pomona.federate import federate
 from pomona.federation.clients import ClientData
+from pomona.federation.evaluation import Evaluation
 from pomona.federation.graft import Graft
 from pomona.federation.local import LocalTraining
-from pomona.federation.measure import Evaluation
 from pomona.federation.settings import FederateSettings
 from pomona.federation.strategies import STRATEGIES
 from pomona.models.lora import LoRA

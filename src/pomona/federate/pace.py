@@ -9,6 +9,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
@@ -58,25 +59,35 @@ def paced(federation: Federation, inputs: Inputs) -> Federation:
     settings = federation.settings
     if "auto" not in (settings.cohort, settings.experts):
         return _at(federation, Pace(federation.cohort, settings.experts))
-    own, known = federation.run.path / "pace.json", _machine_file(federation, inputs)
-    for path in (own, known):
-        if path is not None and path.is_file():
-            found = read_as(path, Pace)
-            break
+    own = federation.run.path / "pace.json"
+    if own.is_file():
+        found = read_as(own, Pace)
     else:
-        found = measured_pace(federation)
-        if known is not None:
-            known.parent.mkdir(parents=True, exist_ok=True)
-            write_json(known, asdict(found))
-    write_json(own, asdict(found))
+        found = _known_here(federation, inputs)
+        write_json(own, asdict(found))
     federation.tell(f"{found.cohort} clients train at once, experts by {found.experts}")
     return _at(federation, found)
+
+
+def _known_here(federation: Federation, inputs: Inputs) -> Pace:
+    """Return what this machine has found before, else what it finds; it does without a file that is damaged."""
+    path = _machine_file(federation, inputs)
+    if path is not None and path.is_file():
+        with suppress(PomonaError):
+            return read_as(path, Pace)
+    found = measured_pace(federation)
+    if path is not None:
+        with suppress(PomonaError, OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, asdict(found))
+    return found
 
 
 def measured_pace(federation: Federation) -> Pace:
     """Try implementations of the experts at a usual size, then sizes of a cohort."""
     settings, present = federation.settings, _present(federation)
-    sizes = [size for size in _sizes(len(present)) if _fits(federation, size)] or [1]
+    rows, device = max(map(len, federation.train.values())), federation.base.device
+    sizes = [size for size in _sizes(len(present)) if _fits(settings, rows, size, device)] or [1]
     trials: list[Trial] = []
 
     def tried(cohort: int, experts: str) -> Trial:
@@ -184,11 +195,10 @@ def _implementations(federation: Federation, cohort: int) -> list[str]:
     ]
 
 
-def _fits(federation: Federation, cohort: int) -> bool:
-    rows = max(map(len, federation.train.values()))
-    memory = cohort_memory(federation.settings, rows, cohort)
-    needed = memory.training(federation.settings.checkpointing)
-    return needed <= _SHARE * free_bytes(federation.base.device)
+def _fits(settings: FederateSettings, rows: int, cohort: int, device: torch.device) -> bool:
+    """Tell whether a step of so many clients, of whom one has so many rows, has room on a device."""
+    needed = cohort_memory(settings, rows, cohort).training(settings.checkpointing)
+    return needed <= _SHARE * free_bytes(device)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -3,7 +3,6 @@
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,63 +13,20 @@ from transformers import PreTrainedTokenizerBase
 from pomona.data.examples import Example, encode_prompt
 from pomona.data.rows import Row
 from pomona.data.templates import Template
-from pomona.errors import PomonaError
 from pomona.evaluation.answers import cohort_answers
 from pomona.evaluation.exact import exact_match
 from pomona.evaluation.loss import RowLoss, answer_losses, packed_answer_losses, perplexity
 from pomona.evaluation.rouge import rouge_l
 from pomona.evaluation.speed import Speed, generation_speeds
 from pomona.federation.cohort import FrozenBase
-from pomona.federation.graft import GateWeights, measure_gates
+from pomona.federation.evaluation import Evaluation
+from pomona.federation.gates import GateWeights, measure_gates
 from pomona.federation.update import ClientState, Update, stack
 from pomona.models.packing import follow
 from pomona.models.routing import count_routing
 from pomona.models.split import Present
 from pomona.models.weights import serialized_bytes
 from pomona.shapes import AttentionMask
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """When and on how much a federation is evaluated.
-
-    Losses every `every` rounds and at the end, on the first `rows` test rows of each client (0: all);
-    at the end also ROUGE-L and exact match of greedy answers of up to `new_tokens` tokens on the first
-    `answers` rows. `forgetting` is text (a folder of domains, a glob or a file) of which the first
-    `windows` windows of `max_length` tokens per domain (0: all) are measured at the end, under every
-    model; `speed` times generation with one client's parts on, beside the base. `tasks` are tasks of the LM
-    evaluation harness, answered at the end by every model too: the first `limit` questions of each (0:
-    all) after `fewshot` examples (None: the task's own number), the local ones from `task_data`.
-    """
-
-    every: int = 5
-    rows: int = 64
-    answers: int = 32
-    new_tokens: int = 64
-    batch: int = 32
-    forgetting: Path | None = None
-    windows: int = 16
-    speed: bool = False
-    tasks: tuple[str, ...] = ()
-    task_data: Path | None = None
-    fewshot: int | None = None
-    limit: int = 64
-
-    def __post_init__(self) -> None:
-        for name in ("every", "new_tokens", "batch"):
-            if getattr(self, name) < 1:
-                raise PomonaError(
-                    f"evaluation {name} {getattr(self, name)} is not positive; use 1 or more"
-                )
-        for name in ("rows", "answers", "windows", "limit", "fewshot"):
-            if (getattr(self, name) or 0) < 0:
-                raise PomonaError(
-                    f"evaluation {name} {getattr(self, name)} is negative; use 0 or more"
-                )
-        if not self.tasks and (self.task_data is not None or self.fewshot is not None):
-            raise PomonaError(
-                "evaluation task_data and fewshot are for tasks; name some, or leave them out"
-            )
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from pomona.data.templates import Alpaca, Template
 from pomona.errors import PomonaError
 from pomona.federation.clients import ClientData
 from pomona.federation.early_stop import EarlyStop
+from pomona.federation.evaluation import Evaluation
 from pomona.federation.graft import Graft
 from pomona.federation.local import LocalTraining
-from pomona.federation.measure import Evaluation
 from pomona.federation.privacy import Privacy
 from pomona.federation.rehearsal import Rehearsal
 from pomona.federation.sampling import participants, sample_size, survivors
