@@ -43,14 +43,11 @@ class ChannelStats:
 
 
 def stats_of(activation_NF: Tensor) -> ChannelStats:
-    """Return the statistics of one batch: sums in float64, differences in the activations' own type.
-
-    A difference from the mean is exact to that type's rounding, as the activation is: no wide copy is needed.
-    """
-    mean_F = activation_NF.mean(0, dtype=torch.float64)
-    apart_NF = activation_NF - mean_F.to(activation_NF.dtype)
-    deviation_F = apart_NF.square_().sum(0, dtype=torch.float64)
-    return ChannelStats(len(activation_NF), mean_F.cpu(), deviation_F.cpu())
+    """Return the statistics of one batch."""
+    wide_NF = activation_NF.to(torch.float64, copy=True)
+    mean_F = wide_NF.mean(0)
+    deviation_F = wide_NF.sub_(mean_F).square_().sum(0)
+    return ChannelStats(len(wide_NF), mean_F.cpu(), deviation_F.cpu())
 
 
 def merge(a: ChannelStats, b: ChannelStats) -> ChannelStats:
