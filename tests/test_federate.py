@@ -208,7 +208,7 @@ def stopped_after(
             yield
 
 
-@pytest.mark.parametrize("writes", now_and_then([1, 6, 11, 22], [2, 5, 7, 14, 20, 24]))
+@pytest.mark.parametrize("writes", now_and_then([1, 11, 22], [2, 5, 6, 7, 14, 20, 24]))
 def test_interrupted_after_any_write_and_resumed_equals_uninterrupted(
     settings, tmp_path, monkeypatch, writes
 ):
@@ -219,7 +219,8 @@ def test_interrupted_after_any_write_and_resumed_equals_uninterrupted(
     assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
 
 
-def test_killed_and_started_again_with_the_same_command(settings, tmp_path, capfd):
+@pytest.mark.parametrize("kills", now_and_then([(3,)], [(1, 5)]))
+def test_killed_and_started_again_with_the_same_command(settings, tmp_path, capfd, kills):
     """SIGKILL at several instants of a real process; the last start runs to its end."""
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(dump(replace(settings, rounds=8)), encoding="utf-8")
@@ -229,7 +230,7 @@ def test_killed_and_started_again_with_the_same_command(settings, tmp_path, capf
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
     cut = tmp_path / "run"
-    for rounds in (1, 5):
+    for rounds in kills:
         process = start(cut)
         state = cut / "checkpoint/state.json"
         for _ in range(1200):
