@@ -27,7 +27,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from record import ROOT, commit, record
-from subjects import rootstock
+from subjects import find_material, rootstock
 from transformers import AutoConfig
 
 from pomona.artifacts.figures import svg
@@ -89,8 +89,7 @@ CURVE = "gain by rows"
 def main() -> None:
     options = _options()
     torch.set_num_threads(1)
-    os.environ.setdefault("POMONA_DATA", str(ROOT.parent / "shared" / "data"))
-    os.environ.setdefault("POMONA_MODELS", str(ROOT.parent / "shared" / "models"))
+    find_material()
     model = rootstock(options.out)
     seeds, rounds = ((0, 1), 4) if options.quick else ((0, 1, 2), 20)
     names = [options.setting] if options.setting else [*SETTINGS, CURVE]

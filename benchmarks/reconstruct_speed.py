@@ -27,7 +27,7 @@ from typing import Any, cast
 import torch
 from peers import plain_reconstruction as plain
 from record import ROOT, peak_bytes, record
-from subjects import material
+from subjects import find_material, material
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -81,8 +81,7 @@ class Bench:
 
 def main() -> None:
     options = _options()
-    os.environ.setdefault("POMONA_DATA", str(ROOT.parent / "shared" / "data"))
-    os.environ.setdefault("POMONA_MODELS", str(ROOT.parent / "shared" / "models"))
+    find_material()
     torch.set_num_threads(options.threads)
     if options.child:
         print(json.dumps(_child(options, *options.child)))

@@ -11,7 +11,6 @@ their FLOP/s that training reaches. LoRA of rank 8 on q, k and v; one batch, all
 """
 
 import argparse
-import os
 import statistics
 import time
 from collections import Counter
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from record import ROOT, record
 from simulate import SUBJECTS, one_batch, work_of
+from subjects import find_material
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -76,8 +76,7 @@ class Products(TorchDispatchMode):
 
 def main() -> None:
     options = _options()
-    os.environ.setdefault("POMONA_DATA", str(ROOT.parent / "shared" / "data"))
-    os.environ.setdefault("POMONA_MODELS", str(ROOT.parent / "shared" / "models"))
+    find_material()
     torch.set_num_threads(options.threads)
     rows = list(_rows(options))
     columns = ["subject", "C", "tokens a step", "step s", "products s", "GFLOP/s", "share"]

@@ -12,7 +12,6 @@ clients, cohorts of up to 8.
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -27,7 +26,7 @@ import matplotlib.pyplot as plt
 import torch
 from record import ROOT, peak_bytes, record
 from simulate import trained_round, work_of
-from subjects import material, rootstock
+from subjects import find_material, material, rootstock
 
 from pomona.artifacts.figures import svg
 from pomona.artifacts.run import RunDirectory
@@ -43,8 +42,7 @@ LENGTH, ROWS = 128, 4
 
 def main() -> None:
     options = _options()
-    os.environ.setdefault("POMONA_DATA", str(ROOT.parent / "shared" / "data"))
-    os.environ.setdefault("POMONA_MODELS", str(ROOT.parent / "shared" / "models"))
+    find_material()
     torch.set_num_threads(options.threads)
     if options.child:
         print(json.dumps(_run(options, options.child)))

@@ -11,7 +11,6 @@ one thread and with all, and the faster counts. Ratios are those of one run on o
 """
 
 import argparse
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from peers.peft_loop import Padded, round_of, with_adapter
 from record import ROOT, record
-from subjects import material, rootstock, wide_vocabulary
+from subjects import find_material, material, rootstock, wide_vocabulary
 from torch import Tensor
 
 from pomona.cli.console import print_table
@@ -87,8 +86,7 @@ class Done:
 
 def main() -> None:
     options = _options()
-    os.environ.setdefault("POMONA_DATA", str(ROOT.parent / "shared" / "data"))
-    os.environ.setdefault("POMONA_MODELS", str(ROOT.parent / "shared" / "models"))
+    find_material()
     torch.set_num_threads(options.threads)  # before the replicas are counted
     rows: list[dict[str, Any]] = []
     for subject in options.subject or SUBJECTS:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from record import ROOT
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerBase
 
 from pomona.cli.console import progress_bars
@@ -17,6 +18,12 @@ from pomona.reconstruction.retraining import ExpertStage, Retraining
 
 WORDS = 32_000
 ENDS = (("bos", "s"), ("eos", "/s"), ("pad", "pad"))
+
+
+def find_material() -> None:
+    """Say where data and models are, if nobody has: in `shared` beside the project."""
+    for kind in ("data", "models"):
+        os.environ.setdefault(f"POMONA_{kind.upper()}", str(ROOT.parent / "shared" / kind))
 
 
 def material() -> Path:

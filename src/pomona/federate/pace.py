@@ -32,7 +32,7 @@ _IMPLEMENTATIONS = ("grouped_mm", "batched_mm", "eager")
 _MOST = 64  # clients in one batch
 _USUAL = 16
 _BETTER = 1.03  # by what more clients at once, or another implementation, have to be faster
-_SHARE = 0.5  # of free memory: glibc was seen to hold back 0.8 times what a step keeps
+_SHARE = 0.5  # of free memory: glibc was seen to hold back almost as much as a step keeps
 _REPEATS = 3
 
 

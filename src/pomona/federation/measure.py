@@ -1,4 +1,4 @@
-"""What is measured of one client's model: answer loss, answers, routing, gates."""
+"""What is measured of clients' models, many at once: answer loss, answers, routing, gates."""
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
