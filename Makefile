@@ -33,6 +33,7 @@ memory: $(STAMP)
 	$(BIN)/python benchmarks/memory.py
 
 simulate: $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[peers]'
 	$(BIN)/python benchmarks/simulate.py
 
 scale: $(STAMP)

@@ -26,7 +26,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from record import ROOT, commit, record
+from record import ROOT, at_most, commit, record
 from subjects import find_material, rootstock
 from transformers import AutoConfig
 
@@ -299,29 +299,25 @@ def _bars(setting: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str,
     ceiling = by_name.get(CEILING)
     name = f"{setting}: {OURS} against the next best, {second['method']}"
     if alone and ceiling and ceiling["nats"] >= alone["nats"]:
-        yield _bar(
+        yield at_most(
             f"{setting}: parity with {alone['method']}, as pooling with the same graft is no better: least of "
             "the paired interval of ours − its nats",
             -alone["minus_ours_interval"][1],
             0.0,
         )
     else:
-        yield _bar(f"{name}, mean nats", ours["nats"], second["nats"])
+        yield at_most(f"{name}, mean nats", ours["nats"], second["nats"])
         better = second["minus_ours"] > 0
-        yield _bar(f"{name}, p over rows", second["p_over_rows"] if better else 1.0, 0.05)
+        yield at_most(f"{name}, p over rows", second["p_over_rows"] if better else 1.0, 0.05)
     worst = min(rivals, key=lambda row: row["worst"])
-    yield _bar(
+    yield at_most(
         f"{setting}: worst client against that of {worst['method']}", ours["worst"], worst["worst"]
     )
-    yield _bar(
+    yield at_most(
         f"{setting}: held-out text against the best baseline, {second['method']}",
         ours["held_out"],
         second["held_out"],
     )
-
-
-def _bar(name: str, value: float | None, bar: float) -> dict[str, Any]:
-    return {"name": name, "value": value, "bar": bar, "holds": value is not None and value <= bar}
 
 
 def _curve(out: Path, model: Path, seeds: Sequence[int], rounds: int) -> Iterator[dict[str, Any]]:

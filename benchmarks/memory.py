@@ -23,7 +23,7 @@ from pathlib import Path
 from time import monotonic, sleep
 
 import torch
-from record import ROOT, peak_bytes, record
+from record import ROOT, below, peak_bytes, record
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -92,8 +92,9 @@ def main() -> None:
     ]
     shown = [[str(row["what"]), f"{int(row['bytes']) / 2**30:.2f}"] for row in rows]
     print_table("memory", ["what", "GiB"], shown)
-    bar = {"name": "largest resident set below the checkpoint's size", "value": peak, "bar": size}
-    record(options.json, rows, [{**bar, "holds": peak < size}])
+    record(
+        options.json, rows, [below("largest resident set below the checkpoint's size", peak, size)]
+    )
     shutil.rmtree(options.out)
 
 

@@ -22,7 +22,7 @@ from time import monotonic
 
 import matplotlib.pyplot as plt
 import numpy as np
-from record import ROOT, commit, peak_bytes, record
+from record import ROOT, below, commit, peak_bytes, record
 from scipy.stats import t as student
 
 from pomona.artifacts.figures import svg
@@ -301,17 +301,16 @@ def _bars(setting: str, found: dict[str, list[dict]], opponent: str) -> list[dic
     ours, theirs = found[POMONA], found[opponent]
     difference: Interval = paired_bootstrap(_ratios(ours), _ratios(theirs)).difference
     bars: list[dict[str, object]] = [
-        {
-            "name": f"{setting}: {POMONA} − {opponent}, nats, upper end of the 95 % interval over text",
-            "value": difference.high,
-            "bar": 0.0,
-            "holds": difference.high < 0,
-        }
+        below(
+            f"{setting}: {POMONA} − {opponent}, nats, upper end of the 95 % interval over text",
+            difference.high,
+            0.0,
+        )
     ]
     high, low = _over_seeds(ours), _over_seeds(theirs)
     if high is not None and low is not None:
         name = f"{setting}: {POMONA}, nats, upper end over seeds below the lower one of {opponent}"
-        bars.append({"name": name, "value": high[1], "bar": low[0], "holds": high[1] < low[0]})
+        bars.append(below(name, high[1], low[0]))
     return bars
 
 
@@ -323,7 +322,7 @@ def _least(setting: str, rows: list[dict]) -> dict[str, object]:
     opponents = [value for name, value in lost.items() if not name.startswith(POMONA)]
     name = f"{setting}: nats that {POMONA} loses against dense, below the least of {len(opponents)} opponents"
     least = min(opponents)
-    return {"name": name, "value": lost[POMONA], "bar": least, "holds": lost[POMONA] < least}
+    return below(name, lost[POMONA], least)
 
 
 def _plot(rows: dict[str, list[dict]]) -> str:

@@ -26,7 +26,7 @@ from typing import Any, cast
 
 import torch
 from peers import plain_reconstruction as plain
-from record import ROOT, peak_bytes, record
+from record import ROOT, at_least, at_most, peak_bytes, record
 from subjects import find_material, material
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -276,18 +276,8 @@ def _bars(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     for row in rows:
         if row["who"] == OURS and row["stage"].startswith("affinity"):
             faster, memory = row["times_faster"], row["times_memory"]
-            yield {
-                "name": f"{row['stage']}: times the twin's speed",
-                "value": faster,
-                "bar": 3.0,
-                "holds": faster >= 3.0,
-            }
-            yield {
-                "name": f"{row['stage']}: share of the twin's memory",
-                "value": memory,
-                "bar": 0.5,
-                "holds": memory <= 0.5,
-            }
+            yield at_least(f"{row['stage']}: times the twin's speed", faster, 3.0)
+            yield at_most(f"{row['stage']}: share of the twin's memory", memory, 0.5)
 
 
 def _shown(row: Mapping[str, Any]) -> list[str]:

@@ -1,11 +1,12 @@
-"""What every benchmark leaves behind: command, commit, machine, rows and bars as JSON."""
+"""What every benchmark does: time ways in turn, hold values to bars, leave a JSON of it."""
 
 import os
 import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,32 @@ def record(path: Path, rows: object, bars: Sequence[Mapping[str, Any]], **more: 
     }
     write_json(path, {**about, **more, "rows": rows, "bars": list(bars)})
     console.print(str(path))
+
+
+def timed(ways: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Return each way's seconds, all in turn as often as asked: what else the machine does hits all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            way()
+            seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def at_least(name: str, value: float, bar: float) -> dict[str, Any]:
+    """Return the bar that a value has to reach."""
+    return {"name": name, "value": value, "bar": bar, "holds": value >= bar}
+
+
+def at_most(name: str, value: float | None, bar: float) -> dict[str, Any]:
+    """Return the bar that a value must not exceed; what could not be computed does."""
+    return {"name": name, "value": value, "bar": bar, "holds": value is not None and value <= bar}
+
+
+def below(name: str, value: float, bar: float) -> dict[str, Any]:
+    """Return the bar that a value has to stay below."""
+    return {"name": name, "value": value, "bar": bar, "holds": value < bar}
 
 
 def peak_bytes(pid: int | str = "self") -> int:
@@ -71,15 +98,7 @@ def lower_loss(
 ) -> list[dict[str, object]]:
     """Return a bar for every (method, opponent): the method's mean answer loss is the lower one."""
     losses = {line.method: line.mean.mean for line in compare(runs, "loss")}
-    return [
-        {
-            "name": f"{a}: mean answer loss below {b}",
-            "value": losses[a],
-            "bar": losses[b],
-            "holds": losses[a] < losses[b],
-        }
-        for a, b in pairs
-    ]
+    return [below(f"{a}: mean answer loss below {b}", losses[a], losses[b]) for a, b in pairs]
 
 
 def commit() -> str:

@@ -12,16 +12,15 @@ their FLOP/s that training reaches. LoRA of rank 8 on q, k and v; one batch, all
 
 import argparse
 import statistics
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from record import ROOT, record
-from simulate import SUBJECTS, one_batch, work_of
-from subjects import find_material
+from record import ROOT, at_least, record, timed
+from rounds import one_batch, work_of
+from subjects import SUBJECTS, find_material
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -109,12 +108,7 @@ def _rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 step()
             plain = _plain(products.seen)
             plain()
-            seconds: dict[str, list[float]] = {"step": [], "products": []}
-            for _ in range(options.repeats):
-                for name, way in (("step", step), ("products", plain)):
-                    began = time.perf_counter()
-                    way()
-                    seconds[name].append(time.perf_counter() - began)
+            seconds = timed({"step": step, "products": plain}, options.repeats)
             median = {name: statistics.median(own) for name, own in seconds.items()}
             yield {
                 "subject": subject,
@@ -146,12 +140,7 @@ def _bars(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     for row in rows:
         if row["subject"] == "mixtral-24m" and row["tokens_of_a_step"] >= 2048:
             name = f"{row['subject']}, {row['tokens_of_a_step']:,} tokens a step: share of the products' FLOP/s"
-            yield {
-                "name": name,
-                "value": row["share"],
-                "bar": 0.6,
-                "holds": row["share"] >= 0.6,
-            }
+            yield at_least(name, row["share"], 0.6)
 
 
 def _shown(row: Mapping[str, Any]) -> list[str]:

@@ -24,8 +24,8 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from record import ROOT, peak_bytes, record
-from simulate import trained_round, work_of
+from record import ROOT, at_most, peak_bytes, record, timed
+from rounds import trained_round, work_of
 from subjects import find_material, material, rootstock
 
 from pomona.artifacts.figures import svg
@@ -157,11 +157,7 @@ def _cohorts(model: Path, sizes: Sequence[int]) -> Iterator[dict[str, Any]]:
         work = work_of("rootstock-3m", model, size, rows=2, tokens=LENGTH, steps=1)
         go = trained_round(model, work)
         go()
-        seconds: list[float] = []
-        for _ in range(5):
-            began = time.perf_counter()
-            go()
-            seconds.append(time.perf_counter() - began)
+        seconds = timed({"cohort": go}, repeats=5)["cohort"]
         tokens = sum(len(e.input_ids) for own in work.drawn() for e in own[0])
         yield {
             "cohort": size,
@@ -176,16 +172,14 @@ def _bars(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     most, few, some = by_clients.get(10_000), by_clients.get(100), by_clients.get(1000)
     if most and few:
         peaks = [row["peak_bytes"]["rounds"] for row in (most, few)]
-        yield _bar("10,000 clients: memory of the rounds ÷ that of 100", peaks[0] / peaks[1], 1.1)
+        yield at_most(
+            "10,000 clients: memory of the rounds ÷ that of 100", peaks[0] / peaks[1], 1.1
+        )
         rates = [row["rounds_per_minute"] for row in (few, most)]
-        yield _bar("10,000 clients: time of a round ÷ that of 100", rates[0] / rates[1], 1.1)
+        yield at_most("10,000 clients: time of a round ÷ that of 100", rates[0] / rates[1], 1.1)
     if most and some:
         starts = [row["start_up_seconds"] for row in (most, some)]
-        yield _bar("10,000 clients: start-up ÷ that of 1,000", starts[0] / starts[1], 11.0)
-
-
-def _bar(name: str, value: float, bar: float) -> dict[str, Any]:
-    return {"name": name, "value": value, "bar": bar, "holds": value <= bar}
+        yield at_most("10,000 clients: start-up ÷ that of 1,000", starts[0] / starts[1], 11.0)
 
 
 def _shown(row: Mapping[str, Any]) -> list[str]:

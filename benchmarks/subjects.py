@@ -76,6 +76,10 @@ def wide_vocabulary(out: Path) -> Path:
     return folder
 
 
+SUBJECTS = {"rootstock-3m": rootstock, "mixtral-24m": wide_vocabulary}
+"""What makes a subject of the benchmarks of speed in a folder, by name."""
+
+
 def _tokenizer() -> PreTrainedTokenizerBase:
     """Train the tokenizer of `rootstock-3m` anew on Dolly and the calibration texts, with more pieces."""
     rows = read_rows(material() / "dolly-15k" / "train.jsonl")
