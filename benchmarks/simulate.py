@@ -2,7 +2,7 @@
 
     python benchmarks/simulate.py [--clients C …] [--rows B …] [--tokens T …] [--subject NAME …]
                                   [--steps 2] [--repeats 3] [--threads 2] [--without-flower]
-                                  [--out DIR] [--json PATH]
+                                  [--compile] [--out DIR] [--json PATH]
 
 Every client takes the same steps on its own rows of Dolly: `rows` of at most `tokens` tokens a step, of ragged
 length, answers included. Subjects: `rootstock-3m` made into a mixture (vocabulary 4,096) and a Mixtral of 24
@@ -10,7 +10,7 @@ million random weights (32,000). All begin with the same adapter; the losses of 
 have to agree. Repeats are interleaved, the median counts; what others do one after another is measured with
 one thread and with all, and the faster counts. Flower's workers, one for every core, are processes that live
 as long as their simulation: its rounds follow one another, after those of the others, and the first, which
-starts the workers, is not among them. Ratios are those of one run on one machine.
+starts the workers, is not among them. `--compile`: the cohort with compiled normalisations, too. Ratios are those of one run on one machine.
 """
 
 import argparse
@@ -33,10 +33,12 @@ from pomona.cli.console import print_table
 from pomona.data.examples import Example, collate
 from pomona.federation.cohort import FrozenBase
 from pomona.federation.replicas import Replicas, replicas_of
+from pomona.models.compiled import compile_norms
 from pomona.models.loading import load_model
 
 PREFIX = "base_model.model."
-COHORT, ONE_BY_ONE, PEFT_LOOP, FLOWER = "cohort", "one by one", "PEFT loop", "Flower"
+COHORT, ONE_BY_ONE, PEFT_LOOP = "cohort", "one by one", "PEFT loop"
+FLOWER, COMPILED = "Flower", "compiled"
 
 
 def main() -> None:
@@ -63,6 +65,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--without-flower", action="store_true", help="leave Flower's simulation out"
     )
+    parser.add_argument("--compile", action="store_true", help="compile normalisations, too")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "federate")
     kept = ROOT / "benchmarks" / "results" / "simulate.json"
     parser.add_argument("--json", type=Path, default=kept)
@@ -74,16 +77,18 @@ def _rows(options: argparse.Namespace, link: Flower | None) -> Iterator[dict[str
         folder = SUBJECTS[subject](options.out)
         for clients, rows, tokens in product(options.clients, options.rows, options.tokens):
             work = work_of(subject, folder, clients, rows, tokens, options.steps)
-            yield _measured(folder, work, options.repeats, options.threads, link)
+            yield _measured(folder, work, options, link)
 
 
 def _measured(
-    folder: Path, work: Work, repeats: int, threads: int, link: Flower | None
+    folder: Path, work: Work, options: argparse.Namespace, link: Flower | None
 ) -> dict[str, Any]:
     """Return one size's times, ratios and how far the results are apart."""
     base = base_of(folder, work.tokens)
     first, about = base.init_adapter(SEED), {}
-    ways = _ways(folder, base, first, work, threads)
+    ways, repeats = _ways(folder, base, first, work, options.threads), options.repeats
+    if options.compile:
+        ways[COMPILED] = _compiled(folder, work, options.threads)
     done = {name: way() for name, way in ways.items()}  # the first round of each warms up
     seconds = timed(ways, repeats)
     if link:
@@ -95,7 +100,8 @@ def _measured(
     median = {name: statistics.median(own) for name, own in seconds.items()}
     best = {
         peer: min(own for name, own in median.items() if name.startswith(peer))
-        for peer in (ONE_BY_ONE, PEFT_LOOP, *([FLOWER] if link else []))
+        for peer in (ONE_BY_ONE, PEFT_LOOP, FLOWER, COMPILED)
+        if any(name.startswith(peer) for name in median)
     }
     drawn = [example for own in work.drawn() for example in own[0]]
     answers = sum(len(e.input_ids) - e.prompt_length for e in drawn)
@@ -128,22 +134,31 @@ def _ways(
         mean, losses = round_of(tuned, _to_peft(first), padded, RATE)
         return Done(_from_peft(mean), losses)
 
-    def on(threads: int, way: Callable[[], Done]) -> Callable[[], Done]:
-        def run() -> Done:
-            torch.set_num_threads(threads)
-            return way()
-
-        return run
-
     replicas, size = replicas_of(base), len(work.examples)
     ways: dict[str, Callable[[], Done]] = {
-        COHORT: on(threads, lambda: trained(replicas, work, first, size))
+        COHORT: _on(threads, lambda: trained(replicas, work, first, size))
     }
     alone = Replicas((base,))
     for count in sorted({1, threads}):
-        ways[f"{ONE_BY_ONE}, {count} threads"] = on(count, lambda: trained(alone, work, first, 1))
-        ways[f"{PEFT_LOOP}, {count} threads"] = on(count, peft_loop)
+        ways[f"{ONE_BY_ONE}, {count} threads"] = _on(count, lambda: trained(alone, work, first, 1))
+        ways[f"{PEFT_LOOP}, {count} threads"] = _on(count, peft_loop)
     return ways
+
+
+def _on(threads: int, way: Callable[[], Done]) -> Callable[[], Done]:
+    def run() -> Done:
+        torch.set_num_threads(threads)
+        return way()
+
+    return run
+
+
+def _compiled(folder: Path, work: Work, threads: int) -> Callable[[], Done]:
+    base = base_of(folder, work.tokens)
+    replicas, first = replicas_of(base), base.init_adapter(SEED)
+    for replica in replicas.bases:
+        compile_norms(replica.model)
+    return _on(threads, lambda: trained(replicas, work, first, len(work.examples)))
 
 
 def _to_peft(adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:

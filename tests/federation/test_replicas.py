@@ -133,6 +133,20 @@ def test_replicas_share_every_tensor_and_no_module():
         assert not any(m._forward_hooks for m in replica.model.modules())
 
 
+def test_another_device_has_weights_of_its_own_and_gives_the_same():
+    base = base_of()
+    replicas = replicas_of(base, [torch.device("cpu")])
+    assert len(replicas.bases) == 2
+    other = replicas.bases[1]
+    pairs = list(zip(base.model.parameters(), other.model.parameters(), strict=True))
+    assert all(torch.equal(a, b) and a.data_ptr() != b.data_ptr() for a, b in pairs)
+    assert {site.experts for site in other.sites} <= set(other.model.modules())
+    tasks = tasks_of(base, 5)
+    found = replicas.map(trained, tasks)
+    torch.set_num_threads(1)
+    same(found, [one for part in (tasks[:2], tasks[2:]) for one in train_cohort(base, part, *REST)])
+
+
 def test_who_diverges_is_named_and_threads_are_given_back():
     base = base_of()
     tasks = tasks_of(base, 4)

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pomona.errors import PomonaError
 from pomona.models.dense import dense_family
 from pomona.models.loading import load_model
-from pomona.models.placement import Placement, find_device, placed
+from pomona.models.placement import Placement, find_device, find_devices, placed
 from pomona.models.weights import Checkpoint, read_tensors, write_tensors
 
 OFFLOAD = Placement("cpu", offload=True)
@@ -110,6 +110,13 @@ def test_what_a_checkpoint_lacks_is_told_as_when_it_is_loaded(copy, damage, comp
 def test_an_offloaded_model_has_few_layers_at_once_unless_all_are_asked_for(placement, held):
     assert placement.at_once(32) == held
     assert placement.at_once(1) == 1
+
+
+def test_a_name_stands_for_all_gpus_or_for_one(monkeypatch):
+    assert find_devices("cpu") == (torch.device("cpu"),)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert find_devices("auto") == tuple(torch.device("cuda", index) for index in range(3))
 
 
 def test_a_device_is_found_or_told():

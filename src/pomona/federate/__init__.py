@@ -17,7 +17,7 @@ from pomona.federate.prepare import prepare
 from pomona.federate.rounds import finishing_round, remaining, train_round
 from pomona.federation.holdings import holdings_of
 from pomona.federation.settings import FederateSettings
-from pomona.models.placement import find_device
+from pomona.models.placement import find_devices
 from pomona.progress import Progress, Tell, silent, unheard
 
 __all__ = ["federate"]
@@ -32,11 +32,11 @@ def federate(
 ) -> dict[str, Any]:
     """Run, or go on with, a federation in `run` and return its results (see `artifacts.results`).
 
-    `tell` is told before training which test rows are also trained on. `device` is where the model
-    computes, "auto" for a GPU if there is one. Raises `PomonaError` for whatever is wrong with the
-    model, the data or the disk.
+    `tell` is told before training which test rows are also trained on. `device` is where the model computes:
+    "auto" is all GPUs, each with a copy of the base, else the processor; "cuda:1" is that GPU alone. Raises
+    `PomonaError` for whatever is wrong with the model, the data or the disk.
     """
-    where = find_device(device)
+    devices = find_devices(device)
     rows = settings.data.load(settings.seed)
     settings.check_clients(list(rows))
     inputs = inputs_of(settings.model, rows, progress, settings.warm_start)
@@ -45,7 +45,7 @@ def federate(
     tell(told(holdings.duplicates))
     if run.finished:
         return run.results()
-    federation = paced(prepare(settings, run, rows, progress, tell, holdings, where), inputs)
+    federation = paced(prepare(settings, run, rows, progress, tell, holdings, devices), inputs)
     write_holdings(run.path, holdings)
     snapshot = run.snapshot(federation.train) or begin(federation)
     last = settings.last_round

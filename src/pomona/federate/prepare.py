@@ -23,6 +23,7 @@ from pomona.federation.rehearsal import first_token
 from pomona.federation.replicas import Replicas, replicas_of
 from pomona.federation.settings import FederateSettings
 from pomona.federation.update import ClientState, join
+from pomona.models.compiled import compile_norms
 from pomona.models.experts import (
     ExpertSite,
     enable_checkpointing,
@@ -110,10 +111,10 @@ def prepare(
     progress: Progress,
     tell: Tell,
     holdings: Holdings,
-    device: torch.device,
+    devices: Sequence[torch.device],
 ) -> Federation:
-    """Load the model, encode every row; raises `PomonaError` for what does not go together."""
-    tokenizer = load_tokenizer(settings.model)
+    """Load the model onto the devices, encode every row; raises `PomonaError` for what does not go together."""
+    tokenizer, (device, *others) = load_tokenizer(settings.model), devices
     base = frozen_base(settings, moved(load_model(settings.model, settings.dtype), device))
     said = settings.rehearsal.length if settings.rehearsal else 0
     base = replace(base, packs=can_pack(base.model, max(settings.max_length, said)))
@@ -130,12 +131,16 @@ def prepare(
             {name: client.test[:limit] for name, client in rows.items()},
         )
     )
+    replicas = replicas_of(base, others)
+    if settings.compile:
+        for replica in replicas.bases:
+            compile_norms(replica.model)
     server_first, client_first = dealt(settings.strategy, first_adapter(settings, base))
     train, held_back = _held_back(settings, trained)
     return Federation(
         settings,
         run,
-        replicas_of(base),
+        replicas,
         tokenizer,
         padding_id(tokenizer),
         rows,

@@ -1,19 +1,78 @@
 """What a cohort's step costs each client: answers, the balance of the router, what is rehearsed."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from pomona.data.examples import Batch, Example, collate, pack
 from pomona.federation.cohort import FrozenBase
 from pomona.models.logits import packed_predictions
-from pomona.models.packing import packing_of
+from pomona.models.packing import Packing, packing_of
 from pomona.models.routing import Routed, routed_by
 from pomona.models.split import Even, Split
 from pomona.shapes import PerClient
 from pomona.training.loss import balance_losses, client_means, completion_losses
+
+
+@dataclass(frozen=True)
+class PackedStep:
+    """The rows and texts of a step, packed where the model computes.
+
+    answer_A and text_T are the places of the tokens whose successor is to be predicted in rows and in texts,
+    text_N tells the tokens of texts, `texts` are each client's.
+    """
+
+    input_ids_N: Int[Tensor, " N"] = field(repr=False)
+    packing: Packing = field(repr=False)
+    answer_A: Int[Tensor, " A"] = field(repr=False)
+    text_T: Int[Tensor, " T"] = field(repr=False)
+    text_N: Bool[Tensor, " N"] = field(repr=False)
+    texts: Sequence[Sequence[int]]
+
+    def losses(self, base: FrozenBase, router_loss: float) -> PerClient:
+        """Return what `client_losses` does, of all rows and texts in one pass of real tokens only."""
+        split = self.packing.split
+        with routed_by(base.sites if router_loss else ()) as routed:
+            nats_A, texts_TV = packed_predictions(
+                base.model, self.input_ids_N, self.answer_A, self.text_T, self.packing
+            )
+        loss_C = client_means(nats_A, split.client_N[self.answer_A], len(split.sizes))
+        loss_C = _balanced(loss_C, routed, ~self.text_N, split, router_loss)
+        if base.rehearsed is None or not self.texts:
+            return loss_C
+        logits_XPV = texts_TV.unflatten(0, (sum(map(len, self.texts)), -1))
+        return _in_gradient(loss_C, base.rehearsed.losses_of(logits_XPV, self.texts))
+
+
+@dataclass(frozen=True)
+class PaddedStep:
+    """The rows of a step, padded to the longest where the model computes; `real_B` are no fillers."""
+
+    batch: Batch = field(repr=False)
+    real_B: Bool[Tensor, " B"] = field(repr=False)
+    clients: int
+    texts: Sequence[Sequence[int]]
+
+    def losses(self, base: FrozenBase, router_loss: float) -> PerClient:
+        """Return what `client_losses` does; the texts are a pass of their own."""
+        batch = self.batch
+        with routed_by(base.sites if router_loss else ()) as routed:
+            loss_C = completion_losses(
+                base.model,
+                batch.input_ids_BT,
+                batch.attention_mask_BT,
+                batch.label_mask_BT,
+                self.clients,
+            )
+        counted_N = (batch.attention_mask_BT.bool() & self.real_B.unsqueeze(1)).flatten()
+        split = Even(len(counted_N), self.clients, base.device)
+        loss_C = _balanced(loss_C, routed, counted_N, split, router_loss)
+        if base.rehearsed is None or not self.texts:
+            return loss_C
+        return _in_gradient(loss_C, base.rehearsed.losses(base.model, self.texts))
 
 
 def client_losses(
@@ -30,36 +89,32 @@ def client_losses(
     `router_loss` times the load-balancing loss is in the gradient, and so is what is rehearsed of each client's
     `texts`; neither is in the loss that is told.
     """
-    if base.packs:
-        return packed_losses(base, rows, clients, router_loss, texts)
-    return padded_losses(base, rows, clients, pad_id, router_loss, texts)
+    return gathered(base, rows, clients, pad_id, texts).losses(base, router_loss)
 
 
-def packed_losses(
+def gathered(
     base: FrozenBase,
     rows: Sequence[Sequence[Example]],
     clients: int,
-    router_loss: float,
-    texts: Sequence[Sequence[int]],
-) -> PerClient:
-    """Return what `client_losses` does, of all rows and texts in one pass of real tokens only."""
+    pad_id: int,
+    texts: Sequence[Sequence[int]] = (),
+) -> PackedStep | PaddedStep:
+    """Return all that a step computes with, where the model computes; see `client_losses`."""
+    if not base.packs:
+        batch, real_B = _fill(rows, pad_id, base.device)
+        return PaddedStep(batch, real_B, clients, texts)
     own, said = _shared_out(rows, clients), base.rehearsed if texts else None
     more = [said.examples(each) for each in texts] if said else [[] for _ in own]
-    packed = pack([[*rows, *texts] for rows, texts in zip(own, more, strict=True)]).to(base.device)
-    packing = packing_of(packed.lengths, base.device)
-    split, label_N = packing.split, packed.label_N
-    text_N = _of_texts(list(map(len, own)), packed.lengths).to(base.device)
-    answer_A, text_T = ((label_N & which).nonzero().squeeze(1) for which in (~text_N, text_N))
-    with routed_by(base.sites if router_loss else ()) as routed:
-        nats_A, texts_TV = packed_predictions(
-            base.model, packed.input_ids_N, answer_A, text_T, packing
-        )
-    loss_C = client_means(nats_A, split.client_N[answer_A], clients)
-    loss_C = _balanced(loss_C, routed, ~text_N, split, router_loss)
-    if said is None:
-        return loss_C
-    logits_XPV = texts_TV.unflatten(0, (sum(map(len, texts)), -1))
-    return _in_gradient(loss_C, said.losses_of(logits_XPV, texts))
+    packed = pack([[*rows, *texts] for rows, texts in zip(own, more, strict=True)])
+    text_N = _of_texts(list(map(len, own)), packed.lengths)
+    answer_A, text_T = (
+        (packed.label_N & which).nonzero().squeeze(1) for which in (~text_N, text_N)
+    )
+    device, packing = base.device, packing_of(packed.lengths, base.device)
+    ids_N, answer_A, text_T, text_N = (
+        tensor.to(device) for tensor in (packed.input_ids_N, answer_A, text_T, text_N)
+    )
+    return PackedStep(ids_N, packing, answer_A, text_T, text_N, texts)
 
 
 def _shared_out(rows: Sequence[Sequence[Example]], clients: int) -> list[list[Example]]:
@@ -75,32 +130,6 @@ def _of_texts(rows: Sequence[int], lengths: Sequence[Sequence[int]]) -> Bool[Ten
     texts = [k >= count for count, own in zip(rows, lengths, strict=True) for k in range(len(own))]
     flat = [length for own in lengths for length in own]
     return torch.tensor(texts).repeat_interleave(torch.tensor(flat))
-
-
-def padded_losses(
-    base: FrozenBase,
-    rows: Sequence[Sequence[Example]],
-    clients: int,
-    pad_id: int,
-    router_loss: float,
-    texts: Sequence[Sequence[int]],
-) -> PerClient:
-    """Return what `client_losses` does, of rows padded to the longest and texts in a pass of their own."""
-    batch, real_B = _fill(rows, pad_id, base.device)
-    with routed_by(base.sites if router_loss else ()) as routed:
-        loss_C = completion_losses(
-            base.model,
-            batch.input_ids_BT,
-            batch.attention_mask_BT,
-            batch.label_mask_BT,
-            clients,
-        )
-    counted_N = (batch.attention_mask_BT.bool() & real_B.unsqueeze(1)).flatten()
-    split = Even(len(counted_N), clients, base.device)
-    loss_C = _balanced(loss_C, routed, counted_N, split, router_loss)
-    if base.rehearsed is None or not texts:
-        return loss_C
-    return _in_gradient(loss_C, base.rehearsed.losses(base.model, texts))
 
 
 def _balanced(

@@ -1,21 +1,25 @@
-"""Cohorts side by side: as many as the processor has threads, all on the same frozen weights.
+"""Cohorts side by side: one per thread of a processor, on the same frozen weights, or one per GPU on its own.
 
 A small model's step is many small operations, of which two threads make each hardly faster; two threads with
 half the clients each take little more than half the time. Hooks belong to modules, so every thread has modules
-of its own, around the same tensors.
+of its own, around the same tensors. Clients are independent of each other within a round: GPUs need nothing
+from each other but the clients' states, which lie in memory between their turns.
 """
 
 import copy
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TypeVar
 
 import torch
+from transformers import PreTrainedModel
 
 from pomona.federation.cohort import FrozenBase
 from pomona.models.experts import find_expert_sites
+from pomona.models.placement import moved
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -36,7 +40,7 @@ class Replicas:
     ) -> list[Result]:
         """Return what `work` makes of all items, dealt to the replicas in their order and done at once.
 
-        The threads of torch are shared out among them. Raises what `work` raises.
+        The threads of torch are shared out among them, as far as they compute. Raises what `work` raises.
         """
         parts = _dealt(items, len(self.bases))
         if len(parts) <= 1:
@@ -45,7 +49,8 @@ class Replicas:
 
         def alone(base: FrozenBase, part: Sequence[Item]) -> Sequence[Result]:
             torch.set_num_threads(max(1, threads // len(parts)))
-            return work(base, part)
+            with torch.cuda.device(base.device) if base.device.type == "cuda" else nullcontext():
+                return work(base, part)
 
         try:
             with ThreadPoolExecutor(len(parts)) as pool:
@@ -55,17 +60,28 @@ class Replicas:
         return [one for part in found for one in part]
 
 
-def replicas_of(base: FrozenBase) -> Replicas:
-    """Return as many as a processor's threads are, and the base alone where something else computes."""
-    count = min(torch.get_num_threads(), _MOST) if base.device.type == "cpu" else 1
-    return Replicas((base, *(_replica(base) for _ in range(count - 1))))
+def replicas_of(base: FrozenBase, others: Sequence[torch.device] = ()) -> Replicas:
+    """Return the base and a copy of it on every other device, or as many as a processor has threads."""
+    if others or base.device.type != "cpu":
+        return Replicas((base, *(_copied(base, device) for device in others)))
+    count = min(torch.get_num_threads(), _MOST)
+    return Replicas((base, *(_shared(base) for _ in range(count - 1))))
 
 
-def _replica(base: FrozenBase) -> FrozenBase:
+def _shared(base: FrozenBase) -> FrozenBase:
     """Return the same base around modules of its own; no tensor is copied."""
     tensors = [*base.model.parameters(), *base.model.buffers()]
-    model = copy.deepcopy(base.model, {id(tensor): tensor for tensor in tensors})
-    return replace(base, model=model, sites=tuple(find_expert_sites(model)) if base.sites else ())
+    return _around(base, copy.deepcopy(base.model, {id(tensor): tensor for tensor in tensors}))
+
+
+def _copied(base: FrozenBase, device: torch.device) -> FrozenBase:
+    """Return the same base with weights of its own on a device."""
+    return _around(base, moved(copy.deepcopy(base.model), device))
+
+
+def _around(base: FrozenBase, model: PreTrainedModel) -> FrozenBase:
+    sites = tuple(find_expert_sites(model)) if base.sites else ()
+    return replace(base, model=model, sites=sites)
 
 
 def _dealt(items: Sequence[Item], parts: int) -> list[Sequence[Item]]:

@@ -61,10 +61,10 @@ class FederateSettings:
     adapter begins as; with it `rounds` may be 0, when everybody is a newcomer to what was shared. `ranks` gives
     some clients an adapter of a smaller rank. `shared_expert` adds to the adapter one more expert per layer,
     which everybody trains together. `rehearsal` holds every client to what the base says by itself, in
-    whatever it trains. With `checkpointing` a layer's activations are computed again
-    in the backward pass: less memory, one more forward pass. `cohort` clients train at once, and `experts` is
-    how frozen experts are computed, by an implementation of transformers ("default": the model's own); "auto"
-    is what a trial finds fastest here, within free memory.
+    whatever it trains. With `checkpointing` a layer's activations are computed again in the backward pass: less
+    memory, one more forward pass. `compile` has torch compile the normalisations. `cohort` clients train at
+    once, and `experts` is how frozen experts are computed, by an implementation of transformers ("default":
+    the model's own); "auto" is what a trial finds fastest here, within free memory.
     """
 
     model: str = field(metadata={"path": True})
@@ -81,6 +81,7 @@ class FederateSettings:
     experts: Literal["default", "auto", "grouped_mm", "batched_mm", "eager"] = "default"
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     checkpointing: bool = False
+    compile: bool = False
     template: Template = field(default_factory=Alpaca)
     max_length: int = 512
     adapter: LoRA = field(default_factory=LoRA)

@@ -1,6 +1,7 @@
 """Some steps of a cohort: C clients in one forward and backward pass, one optimiser over all of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from pomona.data.examples import Example
 from pomona.federation.cohort import FrozenBase
 from pomona.federation.dp_sgd import RowNoise, repeated
-from pomona.federation.objective import client_losses
+from pomona.federation.objective import PackedStep, PaddedStep, client_losses, gathered
 from pomona.federation.rehearsal import Rehearsed
 from pomona.federation.strategies.protocol import (
     Corrects,
@@ -20,6 +21,7 @@ from pomona.federation.strategies.protocol import (
 )
 from pomona.federation.update import ClientState, learns, stack, unstack, within
 from pomona.shapes import PerClient
+from pomona.training.ahead import ahead
 from pomona.training.loop import AdamW, Moments, fit
 
 _MOMENTS = ("optimiser.first.", "optimiser.second.")
@@ -82,10 +84,13 @@ class Stage:
         names, parameters = list(leaves), list(leaves.values())
         resume = _kept_moments(stacked, names, first)
         attached = state if self.noise is None else ClientState()  # rows are attached one by one
-        with self.base.attach(attached):
+        batches = ahead(map(self._gathered, range(count)))  # noised rows are gathered apart
+        with self.base.attach(attached), closing(batches):
             history = fit(
                 parameters,
-                lambda step: self._objective(step - first, state, shared, anchor, correction),
+                lambda step: self._objective(
+                    step - first, batches, state, shared, anchor, correction
+                ),
                 first + count,
                 lambda _step: self.rate,
                 self.optimiser if self.noise is None else replace(self.optimiser, clip=0.0),
@@ -103,6 +108,7 @@ class Stage:
     def _objective(
         self,
         step: int,
+        batches: Iterator[PackedStep | PaddedStep],
         state: ClientState,
         shared: Mapping[str, Tensor],
         anchor: Mapping[str, Tensor],
@@ -110,10 +116,14 @@ class Stage:
     ) -> PerClient:
         """Return each client's loss with the strategy's penalty.
 
-        What is rehearsed, and a correction, are in its gradient alone.
+        `batches` yields those of all steps, unless rows are noised. What is rehearsed, and a correction, are in
+        its gradient alone.
         """
         noise = self.noise
-        loss_C = self._losses(step) if noise is None else self._noised_losses(step, state, noise)
+        if noise is None:
+            loss_C = next(batches).losses(self.base, self.router_loss)
+        else:
+            loss_C = self._noised_losses(step, state, noise)
         if isinstance(self.strategy, Penalises):
             loss_C = loss_C + self.strategy.penalty(shared, anchor)
         if noise is not None and self.base.rehearsed is not None:
@@ -130,12 +140,9 @@ class Stage:
             gradients = torch.autograd.grad(kl, list(leaves.values()), materialize_grads=True)
         return _with_gradient(loss_C, leaves, dict(zip(leaves, gradients, strict=True)))
 
-    def _losses(self, step: int) -> PerClient:
-        """Return each client's loss on its rows of a step, and in its gradient what it rehearses."""
+    def _gathered(self, step: int) -> PackedStep | PaddedStep:
         rows = self._rows(step)
-        return client_losses(
-            self.base, rows, len(rows), self.pad_id, self.router_loss, self._texts(step)
-        )
+        return gathered(self.base, rows, len(rows), self.pad_id, self._texts(step))
 
     def _noised_losses(self, step: int, state: ClientState, noise: RowNoise) -> PerClient:
         """Return the mean over each client's rows of their losses; its gradient is the rows' noised mean."""

@@ -72,6 +72,17 @@ def find_device(name: str) -> torch.device:
         raise PomonaError(f'device "{name}" is not there; use auto, cpu or cuda') from error
 
 
+def find_devices(name: str) -> tuple[torch.device, ...]:
+    """Return all devices that a name stands for: every GPU for "auto" and "cuda", else the one of that name.
+
+    Raises `PomonaError` where this machine has none of that name.
+    """
+    first = find_device(name)
+    if first.type != "cuda" or name not in ("auto", "cuda"):
+        return (first,)
+    return tuple(torch.device("cuda", index) for index in range(torch.cuda.device_count()))
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Return where a model wants its input: the device of its token embeddings."""
     return cast(Tensor, cast(PreTrainedModel, model).get_input_embeddings().weight).device
