@@ -10,7 +10,8 @@ million random weights (32,000). All begin with the same adapter; the losses of 
 have to agree. Repeats are interleaved, the median counts; what others do one after another is measured with
 one thread and with all, and the faster counts. Flower's workers, one for every core, are processes that live
 as long as their simulation: its rounds follow one another, after those of the others, and the first, which
-starts the workers, is not among them. `--compile`: the cohort with compiled normalisations, too. Ratios are those of one run on one machine.
+starts the workers, is not among them. `--compile`: the cohort with compiled normalisations, too. Ratios are
+those of one run on one machine.
 """
 
 import argparse

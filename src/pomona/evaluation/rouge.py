@@ -4,12 +4,13 @@ Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004; Google's ro
 """
 
 from functools import cache
-
-from rouge_score.rouge_scorer import RougeScorer
+from typing import Any
 
 
 @cache
-def _scorer() -> RougeScorer:
+def _scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer  # loads all of nltk: half a second of a start
+
     return RougeScorer(["rougeL"], use_stemmer=True)
 
 

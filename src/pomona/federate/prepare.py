@@ -12,6 +12,7 @@ from pomona.artifacts.checkpoint import Snapshot
 from pomona.artifacts.run import RunDirectory
 from pomona.data.encoded import cache_folder, encode_groups
 from pomona.data.examples import Example, padding_id
+from pomona.data.views import Joined
 from pomona.errors import PomonaError
 from pomona.evaluation.tasks import installed_harness
 from pomona.federate.first_adapter import dealt, first_adapter
@@ -193,7 +194,7 @@ def _trainers(
     """Return who trains on what: every client on its own rows, or one on those of all."""
     if not settings.pooled:
         return train
-    return {POOLED: [example for own in train.values() for example in own]}
+    return {POOLED: Joined(list(train.values()))}
 
 
 def _held_out(

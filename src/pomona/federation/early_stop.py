@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pomona.data.examples import Example
+from pomona.data.views import Picked
 from pomona.errors import PomonaError
 from pomona.seeds import numpy_generator
 
@@ -38,7 +39,7 @@ class EarlyStop:
 
     def hold_back(
         self, seed: int, client: str, examples: Sequence[Example]
-    ) -> tuple[list[Example], list[Example]]:
+    ) -> tuple[Sequence[Example], Sequence[Example]]:
         """Return a client's (rows to train on, rows held back), the same for the same seed.
 
         Raises `PomonaError` when nothing would be left to train on.
@@ -51,8 +52,8 @@ class EarlyStop:
             )
         order = numpy_generator(seed, "held back", client).permutation(len(examples))
         kept = set(order[:count].tolist())
-        train = [example for i, example in enumerate(examples) if i not in kept]
-        return train, [examples[i] for i in sorted(kept)]
+        train = [i for i in range(len(examples)) if i not in kept]
+        return Picked(examples, train), Picked(examples, sorted(kept))
 
     def reached(self, losses: Sequence[float]) -> bool:
         """Whether the last `patience` of the losses measured so far are none of them the lowest."""
