@@ -19,6 +19,7 @@ from pomona.federation.stage import Task
 from pomona.federation.strategies import FedAvg
 from pomona.federation.update import ClientState
 from pomona.models.experts import freeze
+from pomona.models.frozen_experts import use_frozen_experts
 from pomona.models.loading import load_model, load_tokenizer
 from pomona.models.lora import LoRA
 from pomona.models.packing import can_pack
@@ -83,6 +84,7 @@ def base_of(folder: Path, tokens: int) -> FrozenBase:
     """Return a model with LoRA to train, ready for rows of so many tokens."""
     model = load_model(folder, "float32")
     freeze(model)
+    use_frozen_experts(model)
     return FrozenBase(model, LORA, packs=can_pack(model, tokens))
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pomona.models.gated import gated_pair, plain_gated_pair
+from pomona.models.gated import gated, gated_pair, plain_gated, plain_gated_pair
 
 
 @pytest.mark.parametrize("needed", [(True, True), (False, True), (True, False)])
@@ -32,6 +32,18 @@ def test_value_and_gradient_are_those_of_the_plain_twin(dtype, needed):
             assert torch.equal(one, other)
         for one, other in zip(pulled(gated_pair), pulled(plain_gated_pair), strict=False):
             torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_alone_is_its_plain_twin(dtype):
+    generator = torch.Generator().manual_seed(0)
+    both_NX = torch.randn(9, 10, generator=generator, dtype=dtype).requires_grad_()
+    pull_NW = torch.randn(9, 5, generator=generator, dtype=dtype)
+    assert torch.equal(gated(both_NX), plain_gated(both_NX))
+    found, expected = (
+        torch.autograd.grad((way(both_NX) * pull_NW).sum(), both_NX) for way in (gated, plain_gated)
+    )
+    torch.testing.assert_close(found, expected)
 
 
 def test_an_expert_that_has_not_moved_differs_by_exactly_nothing():

@@ -27,6 +27,7 @@ from pomona.federation.local import Trained, train_cohort
 from pomona.federation.settings import FederateSettings
 from pomona.federation.stage import Task
 from pomona.files import read_as, write_json
+from pomona.models.frozen_experts import use_frozen_experts
 
 _IMPLEMENTATIONS = ("grouped_mm", "batched_mm", "eager")
 _MOST = 64  # clients in one batch
@@ -219,6 +220,7 @@ def _use(federation: Federation, experts: str) -> None:
     for base in federation.replicas.bases:
         try:
             base.model.set_experts_implementation(experts)
+            use_frozen_experts(base.model)
         except (ValueError, ImportError, RuntimeError) as error:
             raise PomonaError(
                 f'experts = "{experts}" is not to be had for {federation.settings.model}: {error}'

@@ -32,6 +32,7 @@ from pomona.models.experts import (
     find_expert_sites,
     freeze,
 )
+from pomona.models.frozen_experts import use_frozen_experts
 from pomona.models.loading import context_length, load_model, load_tokenizer
 from pomona.models.lora import narrowed, of_rank
 from pomona.models.packing import can_pack
@@ -117,6 +118,7 @@ def prepare(
     """Load the model onto the devices, encode every row; raises `PomonaError` for what does not go together."""
     tokenizer, (device, *others) = load_tokenizer(settings.model), devices
     base = frozen_base(settings, moved(load_model(settings.model, settings.dtype), device))
+    use_frozen_experts(base.model)
     said = settings.rehearsal.length if settings.rehearsal else 0
     base = replace(base, packs=can_pack(base.model, max(settings.max_length, said)))
     if settings.rehearsal is not None:

@@ -112,10 +112,7 @@ class ExpertSite:
     @property
     def plain(self) -> bool:
         """Whether the activation is silu(gate) · up, of a gate that comes before up."""
-        own, experts = getattr(type(self.experts), "_apply_gate", None), self.experts
-        act = getattr(experts, "act_fn", None)
-        silu = act is fn.silu or isinstance(act, (nn.SiLU, SiLUActivation))
-        return own is _default_apply_gate and bool(experts.is_concatenated) and silu
+        return gates_by_silu(self.experts)
 
     def halves(self, both: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
         """Return gate and up of what has both in the family's own layout."""
@@ -123,6 +120,13 @@ class ExpertSite:
             gate, up = both.chunk(2, dim=dim)
             return gate, up
         return (both[::2], both[1::2]) if dim == 0 else (both[..., ::2], both[..., 1::2])
+
+
+def gates_by_silu(experts: nn.Module) -> bool:
+    """Whether the activation of a fused module is silu(gate) · up, of a gate that comes before up."""
+    own, act = getattr(type(experts), "_apply_gate", None), getattr(experts, "act_fn", None)
+    silu = act is fn.silu or isinstance(act, (nn.SiLU, SiLUActivation))
+    return own is _default_apply_gate and bool(experts.is_concatenated) and silu
 
 
 def find_expert_sites(model: nn.Module) -> list[ExpertSite]:

@@ -1,7 +1,7 @@
-"""silu(gate) · up of two experts at once: what they give and by how much the second differs.
+"""silu(gate) · up of one expert, or of two at once: what they give and by how much the second differs.
 
-Written out, with `plain_gated_pair` as its twin: neither pass joins copies of gate and up, and gradients are
-written where they belong.
+Written out, with `plain_gated` and `plain_gated_pair` as twins: neither pass joins copies of gate and up, and
+gradients are written where they belong.
 """
 
 from typing import Any, cast
@@ -13,6 +13,17 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as fn
 
 
+def gated(both_NX: Float[Tensor, "N X"]) -> Float[Tensor, "N W"]:
+    """Return silu(gate) · up [N, W]; X is gate and up, 2 W."""
+    return cast(Tensor, _Gated.apply(both_NX))
+
+
+def plain_gated(both_NX: Tensor) -> Tensor:
+    """Return what `gated` does, as torch differentiates it."""
+    gate_NW, up_NW = both_NX.chunk(2, 1)
+    return fn.silu(gate_NW) * up_NW
+
+
 def gated_pair(
     resident_NX: Float[Tensor, "N X"], own_NX: Float[Tensor, "N X"]
 ) -> tuple[Float[Tensor, "N W"], Float[Tensor, "N W"]]:
@@ -22,17 +33,30 @@ def gated_pair(
 
 def plain_gated_pair(resident_NX: Tensor, own_NX: Tensor) -> tuple[Tensor, Tensor]:
     """Return what `gated_pair` does, as torch differentiates it."""
-    (gate_NW, up_NW), (own_gate_NW, own_up_NW) = resident_NX.chunk(2, 1), own_NX.chunk(2, 1)
-    own_NW = fn.silu(own_gate_NW) * own_up_NW
-    return own_NW, own_NW - fn.silu(gate_NW) * up_NW
+    own_NW = plain_gated(own_NX)
+    return own_NW, own_NW - plain_gated(resident_NX)
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, both_NX: Tensor) -> Tensor:
+        ctx.save_for_backward(both_NX)
+        return _product(both_NX)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - the decorator hides names
+        ctx: Any, *pulls: Tensor
+    ) -> Tensor:
+        return _pulled(pulls[0], *ctx.saved_tensors)
 
 
 class _GatedPair(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, resident_NX: Tensor, own_NX: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(resident_NX, own_NX)
-        own_NW = _gated(own_NX)
-        return own_NW, own_NW - _gated(resident_NX)
+        own_NW = _product(own_NX)
+        return own_NW, own_NW - _product(resident_NX)
 
     @staticmethod
     @once_differentiable
@@ -44,7 +68,7 @@ class _GatedPair(torch.autograd.Function):
         return _pulled(-pull_moved_NW, resident_NX), _pulled(pull_own_NW + pull_moved_NW, own_NX)
 
 
-def _gated(both_NX: Tensor) -> Tensor:
+def _product(both_NX: Tensor) -> Tensor:
     gate_NW, up_NW = both_NX.chunk(2, 1)
     return fn.silu(gate_NW).mul_(up_NW)
 
