@@ -2,19 +2,20 @@
 
     python benchmarks/simulate.py [--clients C …] [--rows B …] [--tokens T …] [--subject NAME …]
                                   [--steps 2] [--repeats 3] [--threads 2] [--without-flower]
-                                  [--compile] [--out DIR] [--json PATH]
+                                  [--compile] [--quick] [--out DIR] [--json PATH]
 
 Every client takes the same steps on its own rows of Dolly: `rows` of at most `tokens` tokens a step, of ragged
 length, answers included. Subjects: `rootstock-3m` made into a mixture (vocabulary 4,096) and a Mixtral of 24
 million random weights (32,000). All begin with the same adapter; the losses of every step and the mean adapter
-have to agree. Repeats are interleaved, the median counts; what others do one after another is measured with
-one thread and with all, and the faster counts. Flower's workers, one for every core, are processes that live
-as long as their simulation: its rounds follow one another, after those of the others, and the first, which
+have to agree. Repeats are interleaved, the median counts; what others do one after another is tried with one
+thread and with all, and goes on with the faster. Flower's workers, one for every core, are processes that
+live as long as their simulation: its rounds follow one another, after those of the others, and the first, which
 starts the workers, is not among them. `--compile`: the cohort with compiled normalisations, too. Ratios are
-those of one run on one machine.
+those of one run on one machine; sizes that are asked for replace those of the JSON, the others stay there.
 """
 
 import argparse
+import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from peers.flower_loop import Flower, flower
 from peers.peft_loop import Padded, round_of, with_adapter
-from record import ROOT, at_least, record, timed
+from record import ROOT, at_least, commit, record, timed
 from rounds import LORA, RATE, SEED, Done, Work, base_of, trained, work_of
 from subjects import SUBJECTS, find_material
 from torch import Tensor
@@ -40,25 +41,30 @@ from pomona.models.loading import load_model
 PREFIX = "base_model.model."
 COHORT, ONE_BY_ONE, PEFT_LOOP = "cohort", "one by one", "PEFT loop"
 FLOWER, COMPILED = "Flower", "compiled"
+SIZES = [(16, *size) for size in product((1, 2, 4), (128, 256, 512))]
+SIZES += [(clients, *size) for clients in (4, 64) for size in ((1, 128), (2, 256))]
+"""(clients, rows a step, tokens of a row at most) that are measured unless others are asked for."""
 
 
 def main() -> None:
     options = _options()
     find_material()
     torch.set_num_threads(options.threads)  # before the replicas are counted
+    rows: list[dict[str, Any]] = []
     with nullcontext() if options.without_flower else flower() as link:
-        rows = list(_rows(options, link))
+        for row in _rows(options, link):
+            rows.append(row)
+            kept = _merged(options.json, rows)
+            record(options.json, kept, list(_bars(kept)), threads=options.threads)
     columns = ["subject", "C", "rows", "≤ tokens", "a step", "cohort s"]
     columns += [*(f"÷ {peer}" for peer in rows[0]["times_faster"]), "apart"]
     print_table("one round", columns, [_shown(row) for row in rows])
-    record(options.json, rows, list(_bars(rows)), threads=options.threads)
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--clients", type=int, nargs="+", default=[4, 16, 64])
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[128, 256, 512])
+    for size in ("clients", "rows", "tokens"):
+        parser.add_argument(f"--{size}", type=int, nargs="+", help="default: what SIZES has")
     parser.add_argument("--subject", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
@@ -66,17 +72,48 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--without-flower", action="store_true", help="leave Flower's simulation out"
     )
+    parser.add_argument("--quick", action="store_true", help="one small size of the small subject")
     parser.add_argument("--compile", action="store_true", help="compile normalisations, too")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "federate")
+    parser.add_argument("--json", type=Path, help="default: results/simulate.json beside this file")
+    options = parser.parse_args()
+    if options.quick:
+        options.subject, options.clients, options.rows, options.tokens = (
+            [*SUBJECTS][:1],
+            [4],
+            [1],
+            [128],
+        )
     kept = ROOT / "benchmarks" / "results" / "simulate.json"
-    parser.add_argument("--json", type=Path, default=kept)
-    return parser.parse_args()
+    options.json = options.json or (options.out / "simulate-quick.json" if options.quick else kept)
+    return options
+
+
+def _sizes(options: argparse.Namespace) -> Iterator[tuple[int, int, int]]:
+    """Return all sizes of the benchmark, or those of what is asked for."""
+    asked = (options.clients, options.rows, options.tokens)
+    if all(asked):
+        return product(*asked)
+    return (
+        size for size in SIZES if all(own in of for own, of in zip(size, asked, strict=True) if of)
+    )
+
+
+def _merged(path: Path, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the rows of a JSON, with these in the place of those of the same subject and size."""
+
+    def size(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        return row["subject"], row["clients"], row["rows"], row["tokens"]
+
+    found = json.loads(path.read_text("utf-8"))["rows"] if path.is_file() else []
+    kept = {size(row): row for row in (*found, *rows)}
+    return [kept[key] for key in sorted(kept)]
 
 
 def _rows(options: argparse.Namespace, link: Flower | None) -> Iterator[dict[str, Any]]:
     for subject in options.subject:
         folder = SUBJECTS[subject](options.out)
-        for clients, rows, tokens in product(options.clients, options.rows, options.tokens):
+        for clients, rows, tokens in _sizes(options):
             work = work_of(subject, folder, clients, rows, tokens, options.steps)
             yield _measured(folder, work, options, link)
 
@@ -91,7 +128,7 @@ def _measured(
     if options.compile:
         ways[COMPILED] = _compiled(folder, work, options.threads)
     done = {name: way() for name, way in ways.items()}  # the first round of each warms up
-    seconds = timed(ways, repeats)
+    seconds = timed(_faster(ways), repeats)
     if link:
         padded = _batches(work)
         found = link.rounds(folder, LORA, _to_peft(first), padded, RATE, repeats + 1)
@@ -107,6 +144,7 @@ def _measured(
     drawn = [example for own in work.drawn() for example in own[0]]
     answers = sum(len(e.input_ids) - e.prompt_length for e in drawn)
     return {
+        "commit": commit(),
         "subject": work.subject,
         "clients": len(work.examples),
         "rows": work.rows,
@@ -144,6 +182,15 @@ def _ways(
         ways[f"{ONE_BY_ONE}, {count} threads"] = _on(count, lambda: trained(alone, work, first, 1))
         ways[f"{PEFT_LOOP}, {count} threads"] = _on(count, peft_loop)
     return ways
+
+
+def _faster(ways: Mapping[str, Callable[[], Done]]) -> dict[str, Callable[[], Done]]:
+    """Leave of the numbers of threads of a way the one with which a round takes less time."""
+    once = {name: own[0] for name, own in timed(ways, 1).items()}
+    best: dict[str, str] = {}
+    for name in sorted(once, key=once.__getitem__):
+        best.setdefault(name.split(",")[0], name)
+    return {name: way for name, way in ways.items() if name in best.values()}
 
 
 def _on(threads: int, way: Callable[[], Done]) -> Callable[[], Done]:
