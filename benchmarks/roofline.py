@@ -7,7 +7,9 @@ A step of a cohort's local training (forward, backward, clipping, AdamW) is reco
 which matrix products, grouped products and attention of which shapes. Then these products alone are computed,
 each as one plain product of its shape (a grouped one expert by expert, causal attention as half of its two
 products), and timed in turn with the step itself. The share of the step's time that they take is the share of
-their FLOP/s that training reaches. LoRA of rank 8 on q, k and v; one batch, all threads.
+their FLOP/s that training reaches. What all other operations read and write is counted too, and as many bytes
+copied, block by block: about what their time cannot be less than. LoRA of rank 8 on q, k and v; one batch,
+all threads.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from rounds import one_batch, work_of
 from subjects import SUBJECTS, find_material
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pomona.cli.console import print_table
 
@@ -30,12 +33,17 @@ Product = tuple[int, int, int]
 """[n, k] times [k, m]."""
 
 
-class Products(TorchDispatchMode):
-    """Records the shapes of all products that are computed, and how often."""
+BLOCK = 2**20
+"""Bytes that are copied at once: about a step's activation."""
+
+
+class Recorded(TorchDispatchMode):
+    """The shapes of all products that are computed, how often, and the bytes of all other operations."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: Counter[Product] = Counter()
+        self.bytes = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -52,6 +60,9 @@ class Products(TorchDispatchMode):
             self._grouped(*args, **(kwargs or {}))
         elif "flash_attention" in name:
             self._attention(backward=name.endswith("backward"), args=args)
+        elif not func.is_view:
+            touched = {id(x): x for x in tree_leaves((args, kwargs, found)) if torch.is_tensor(x)}
+            self.bytes += sum(tensor.nbytes for tensor in touched.values())
         return found
 
     def _grouped(self, left: Tensor, right: Tensor, offs: Tensor | None = None, *_: Any) -> None:
@@ -78,7 +89,8 @@ def main() -> None:
     find_material()
     torch.set_num_threads(options.threads)
     rows = list(_rows(options))
-    columns = ["subject", "C", "tokens a step", "step s", "products s", "GFLOP/s", "share"]
+    columns = ["subject", "C", "tokens a step", "GFLOP", "GB", "step s", "GFLOP/s"]
+    columns += ["products", "copies"]
     print_table("local training", columns, [_shown(row) for row in rows])
     record(options.json, rows, list(_bars(rows)), threads=options.threads)
 
@@ -104,11 +116,15 @@ def _rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             work = work_of(subject, folder, clients, options.rows, options.tokens, steps=1)
             step = one_batch(folder, work)
             step()
-            with Products() as products:
+            with Recorded() as products:
                 step()
-            plain = _plain(products.seen)
-            plain()
-            seconds = timed({"step": step, "products": plain}, options.repeats)
+            ways = {
+                "step": step,
+                "products": _plain(products.seen),
+                "copies": _copies(products.bytes),
+            }
+            timed(ways, 1)
+            seconds = timed(ways, options.repeats)
             median = {name: statistics.median(own) for name, own in seconds.items()}
             yield {
                 "subject": subject,
@@ -116,8 +132,10 @@ def _rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 "tokens_of_a_step": sum(len(e.input_ids) for own in work.drawn() for e in own[0]),
                 "flops": sum(2 * n * k * m * count for (n, k, m), count in products.seen.items()),
                 "products": sum(products.seen.values()),
+                "bytes_of_the_others": products.bytes,
                 "seconds": seconds,
                 "share": median["products"] / median["step"],
+                "share_of_copies": median["copies"] / median["step"],
             }
 
 
@@ -136,6 +154,18 @@ def _plain(products: Mapping[Product, int]) -> Callable[[], None]:
     return run
 
 
+def _copies(size: int) -> Callable[[], None]:
+    """Return what copies blocks until so many bytes are read and written."""
+    source = torch.zeros(BLOCK // 4)
+    target = torch.empty_like(source)
+
+    def run() -> None:
+        for _ in range(size // (2 * BLOCK)):
+            target.copy_(source)
+
+    return run
+
+
 def _bars(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     for row in rows:
         if row["subject"] == "mixtral-24m" and row["tokens_of_a_step"] >= 2048:
@@ -144,15 +174,17 @@ def _bars(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _shown(row: Mapping[str, Any]) -> list[str]:
-    step, products = (statistics.median(own) for own in row["seconds"].values())
+    step = statistics.median(row["seconds"]["step"])
     return [
         row["subject"],
         str(row["clients"]),
         f"{row['tokens_of_a_step']:,}",
+        f"{row['flops'] / 1e9:.1f}",
+        f"{row['bytes_of_the_others'] / 1e9:.2f}",
         f"{step:.3f}",
-        f"{products:.3f}",
         f"{row['flops'] / step / 1e9:.1f}",
         f"{row['share']:.2f}",
+        f"{row['share_of_copies']:.2f}",
     ]
 
 
