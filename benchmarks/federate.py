@@ -14,75 +14,38 @@ through POMONA_DATA and POMONA_MODELS.
 """
 
 import argparse
-import hashlib
 import json
-import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from federated_runs import (
+    ALONE,
+    CEILING,
+    CEILINGS,
+    MAIN,
+    METHODS,
+    OURS,
+    SETTINGS,
+    STRATEGIES,
+    TASKS,
+    VARIANTS,
+    finished_runs,
+)
 from record import ROOT, at_most, commit, record
 from subjects import find_material, rootstock
-from transformers import AutoConfig
 
 from pomona.artifacts.figures import svg
-from pomona.artifacts.finished import FinishedRun, load_runs
-from pomona.artifacts.run import RunDirectory
+from pomona.artifacts.finished import FinishedRun
 from pomona.artifacts.table import BASE, Line, compare, differences
-from pomona.cli.console import console, print_table, progress_bars
-from pomona.federate import federate
-from pomona.federation.partition import ByCategory, Dirichlet, Partition
-from pomona.federation.settings import FederateSettings
-from pomona.federation.strategies import Scaffold
+from pomona.cli.console import console, print_table
+from pomona.federation.partition import ByCategory
 from pomona.files import write_text
-from pomona.progress import titled
-from pomona.recipe import dump, read_recipe
 
-TASKS = ("closed_qa", "information_extraction", "classification", "summarization")
-LENGTH = 128
 ROWS = (25, 50, 100, 200, 400)
-OURS, CEILING = "flex", "centralised"
-ALONE = ("local-only-graft", "local-only-flex")
-VARIANTS = ("lora-on-expert", "flex-no-gate", "flex-reconstruction")  # of ours, one thing changed
-CEILINGS = (CEILING, "centralised-attention")
-METHODS = (
-    OURS,
-    "local-only",
-    *ALONE,
-    "fedavg",
-    "feddpa",
-    "fedavg-finetune",
-    "fedavg-experts",
-    "fedrep",
-    "flex-faithful",
-    *VARIANTS,
-    *CEILINGS,
-)
-STRATEGIES = (
-    "fedsa-lora",
-    "flexlora",
-    "flora",
-    "ffa-lora",
-    "fedprox",
-    "fedavgm",
-    "fedadagrad",
-    "fedadam",
-    "fedyogi",
-    "scaffold",
-)
-MAIN = ("local-only", *ALONE, "fedavg", OURS)
-SETTINGS: dict[str, tuple[Partition, Sequence[str]]] = {
-    "one task each": (ByCategory(TASKS), METHODS),
-    "100 rows each": (ByCategory(TASKS, rows=100), METHODS),
-    "100 rows each, strategies": (ByCategory(TASKS, rows=100), (OURS, "fedavg", *STRATEGIES)),
-    "Dirichlet 0.5": (Dirichlet(10, 0.5), METHODS),
-    "Dirichlet 1.0": (Dirichlet(10, 1.0), METHODS),
-}
 CURVE = "gain by rows"
 
 
@@ -100,7 +63,7 @@ def main() -> None:
         else:
             partition, methods = SETTINGS[name]
             methods = options.method or (MAIN if options.quick else methods)
-            rows = _rows(_runs(options.out, model, partition, methods, seeds, rounds))
+            rows = _rows(finished_runs(options.out, model, partition, methods, seeds, rounds))
             columns = [
                 "method",
                 "nats",
@@ -151,88 +114,6 @@ def _options() -> argparse.Namespace:
     if options.method and options.setting in (None, CURVE):
         parser.error("--method needs a --setting with methods")
     return options
-
-
-def _runs(
-    out: Path,
-    model: Path,
-    partition: Partition,
-    methods: Sequence[str],
-    seeds: Sequence[int],
-    rounds: int,
-) -> list[FinishedRun]:
-    """Return the finished runs, made where they are not there yet."""
-    paths = [
-        _run(out, _settings(model, method, partition, seed, rounds))
-        for seed in seeds
-        for method in methods
-    ]
-    return load_runs(paths)
-
-
-def _settings(
-    model: Path, method: str, partition: Partition, seed: int, rounds: int
-) -> FederateSettings:
-    """Return a recipe on this model and these clients, evaluated alike."""
-    given = {"model": str(model.resolve()), "seed": seed, "rounds": rounds}
-    recipe = read_recipe(ROOT / "recipes" / f"{method}.toml", FederateSettings, given)
-    if method == "flex-faithful":  # its form and its gate, at the sizes and rates of the others
-        plain = read_recipe(ROOT / "recipes" / "fedavg.toml", FederateSettings, given)
-        assert recipe.graft is not None
-        graft = replace(recipe.graft, rank=plain.adapter.rank, alpha=plain.adapter.alpha)
-        adapter = replace(plain.adapter, targets=recipe.adapter.targets)
-        recipe = replace(plain, name=method, graft=graft, adapter=adapter)
-    if method == "fedrep":  # the last two layers of this model, not of the recipe's
-        depth = AutoConfig.from_pretrained(model).num_hidden_layers
-        assert recipe.personal is not None
-        recipe = replace(
-            recipe,
-            adapter=replace(recipe.adapter, layers=tuple(range(depth - 2))),
-            personal=replace(recipe.personal, layers=(depth - 2, depth - 1)),
-        )
-    held_out = Path(os.environ["POMONA_DATA"]) / "calibration"
-    evaluation = replace(recipe.evaluation, every=rounds, answers=0, forgetting=held_out, windows=4)
-    local = recipe.local
-    if isinstance(partition, Dirichlet) and recipe.pooled:
-        local = replace(
-            local, steps=local.steps * 5 // 4
-        )  # five clients' steps in a round, not four's
-    data = replace(recipe.data, partition=partition)
-    fraction = 0.5 if isinstance(partition, Dirichlet) and not recipe.pooled else 1.0
-    strategy = recipe.strategy
-    if isinstance(strategy, Scaffold):
-        strategy = replace(strategy, fraction=fraction)
-    finish = (
-        recipe.finish
-    )  # its rounds are among those that all methods have; everybody takes part in them
-    if finish is not None:
-        finish = replace(finish, rounds=rounds // 4)
-    return replace(
-        recipe,
-        data=data,
-        evaluation=evaluation,
-        local=local,
-        max_length=LENGTH,
-        fraction=fraction,
-        strategy=strategy,
-        finish=finish,
-        rounds=rounds - (round(finish.rounds / fraction) if finish else 0),
-    )
-
-
-def _run(out: Path, settings: FederateSettings) -> Path:
-    recipe = dump(settings)
-    key = hashlib.sha256(recipe.encode()).hexdigest()[:12]
-    path = out / "runs" / f"{settings.name}-{settings.seed}-{key}"
-    about = {
-        "command": ["python", *sys.argv],
-        "method": settings.name,
-        "seed": settings.seed,
-    }
-    if not (path / "results.json").is_file():
-        with RunDirectory.open(path, recipe, about) as run, progress_bars() as progress:
-            federate(settings, run, titled(path.name, progress))
-    return path
 
 
 def _rows(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
@@ -324,7 +205,7 @@ def _curve(out: Path, model: Path, seeds: Sequence[int], rounds: int) -> Iterato
     """Return by how much federating lowers the loss of a client with the same graft, by its rows."""
     for rows in (*ROWS, 0):
         partition = ByCategory(TASKS, rows=rows)
-        runs = _runs(out, model, partition, (ALONE[-1], OURS), seeds, rounds)
+        runs = finished_runs(out, model, partition, (ALONE[-1], OURS), seeds, rounds)
         found = next(iter(differences(runs, "loss", OURS)))
         yield {
             "rows": rows or "all",
