@@ -19,7 +19,7 @@ from pomona.training.loss import balance_losses, client_means, completion_losses
 
 @dataclass(frozen=True)
 class PackedStep:
-    """The rows and texts of a step, packed where the model computes.
+    """The rows and texts of a step, packed in memory.
 
     answer_A and text_T are the places of the tokens whose successor is to be predicted in rows and in texts,
     text_N tells the tokens of texts, `texts` are each client's.
@@ -34,13 +34,16 @@ class PackedStep:
 
     def losses(self, base: FrozenBase, router_loss: float) -> PerClient:
         """Return what `client_losses` does, of all rows and texts in one pass of real tokens only."""
-        split = self.packing.split
+        device = base.device
+        packing, text_N = self.packing.to(device), self.text_N.to(device)
+        answer_A, text_T = self.answer_A.to(device), self.text_T.to(device)
+        split = packing.split
         with routed_by(base.sites if router_loss else ()) as routed:
             nats_A, texts_TV = packed_predictions(
-                base.model, self.input_ids_N, self.answer_A, self.text_T, self.packing
+                base.model, self.input_ids_N.to(device), answer_A, text_T, packing
             )
-        loss_C = client_means(nats_A, split.client_N[self.answer_A], len(split.sizes))
-        loss_C = _balanced(loss_C, routed, ~self.text_N, split, router_loss)
+        loss_C = client_means(nats_A, split.client_N[answer_A], len(split.sizes))
+        loss_C = _balanced(loss_C, routed, ~text_N, split, router_loss)
         if base.rehearsed is None or not self.texts:
             return loss_C
         logits_XPV = texts_TV.unflatten(0, (sum(map(len, self.texts)), -1))
@@ -49,7 +52,7 @@ class PackedStep:
 
 @dataclass(frozen=True)
 class PaddedStep:
-    """The rows of a step, padded to the longest where the model computes; `real_B` are no fillers."""
+    """The rows of a step, padded to the longest in memory; `real_B` are no fillers."""
 
     batch: Batch = field(repr=False)
     real_B: Bool[Tensor, " B"] = field(repr=False)
@@ -58,7 +61,7 @@ class PaddedStep:
 
     def losses(self, base: FrozenBase, router_loss: float) -> PerClient:
         """Return what `client_losses` does; the texts are a pass of their own."""
-        batch = self.batch
+        batch, real_B = self.batch.to(base.device), self.real_B.to(base.device)
         with routed_by(base.sites if router_loss else ()) as routed:
             loss_C = completion_losses(
                 base.model,
@@ -67,7 +70,7 @@ class PaddedStep:
                 batch.label_mask_BT,
                 self.clients,
             )
-        counted_N = (batch.attention_mask_BT.bool() & self.real_B.unsqueeze(1)).flatten()
+        counted_N = (batch.attention_mask_BT.bool() & real_B.unsqueeze(1)).flatten()
         split = Even(len(counted_N), self.clients, base.device)
         loss_C = _balanced(loss_C, routed, counted_N, split, router_loss)
         if base.rehearsed is None or not self.texts:
@@ -99,9 +102,9 @@ def gathered(
     pad_id: int,
     texts: Sequence[Sequence[int]] = (),
 ) -> PackedStep | PaddedStep:
-    """Return all that a step computes with, where the model computes; see `client_losses`."""
+    """Return all that a step computes with, in memory; see `client_losses`."""
     if not base.packs:
-        batch, real_B = _fill(rows, pad_id, base.device)
+        batch, real_B = _fill(rows, pad_id)
         return PaddedStep(batch, real_B, clients, texts)
     own, said = _shared_out(rows, clients), base.rehearsed if texts else None
     more = [said.examples(each) for each in texts] if said else [[] for _ in own]
@@ -110,11 +113,8 @@ def gathered(
     answer_A, text_T = (
         (packed.label_N & which).nonzero().squeeze(1) for which in (~text_N, text_N)
     )
-    device, packing = base.device, packing_of(packed.lengths, base.device)
-    ids_N, answer_A, text_T, text_N = (
-        tensor.to(device) for tensor in (packed.input_ids_N, answer_A, text_T, text_N)
-    )
-    return PackedStep(ids_N, packing, answer_A, text_T, text_N, texts)
+    packing = packing_of(packed.lengths, torch.device("cpu"))
+    return PackedStep(packed.input_ids_N, packing, answer_A, text_T, text_N, texts)
 
 
 def _shared_out(rows: Sequence[Sequence[Example]], clients: int) -> list[list[Example]]:
@@ -149,13 +149,11 @@ def _in_gradient(loss_C: PerClient, more_C: PerClient) -> PerClient:
     return loss_C + (more_C - more_C.detach())
 
 
-def _fill(
-    rows: Sequence[Sequence[Example]], pad_id: int, device: torch.device
-) -> tuple[Batch, Bool[Tensor, " B"]]:
+def _fill(rows: Sequence[Sequence[Example]], pad_id: int) -> tuple[Batch, Bool[Tensor, " B"]]:
     """Collate client-major and tell the real rows; one added for alignment repeats one without its label."""
     size = max(map(len, rows))
     filled = [row for own in rows for row in [*own, *[own[0]] * (size - len(own))]]
-    batch = collate(filled, pad_id).to(device)
-    real_B = torch.tensor([k < len(own) for own in rows for k in range(size)], device=device)
+    batch = collate(filled, pad_id)
+    real_B = torch.tensor([k < len(own) for own in rows for k in range(size)])
     labels_BT = batch.label_mask_BT & real_B.unsqueeze(1)
     return Batch(batch.input_ids_BT, batch.attention_mask_BT, labels_BT), real_B

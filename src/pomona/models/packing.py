@@ -41,6 +41,11 @@ class Packing:
     shapes: tuple[tuple[int, int], ...]
     place_N: Int[Tensor, " N"] = field(repr=False)
 
+    def to(self, device: torch.device) -> "Packing":
+        """Return the same packing on a device."""
+        split = Ragged(self.split.sizes, device)
+        return Packing(split, self.position_N.to(device), self.shapes, self.place_N.to(device))
+
     def apart(self, packed_1HNI: Tensor) -> list[Tensor]:
         """Return heads' queries, keys or values as groups of rows, padded on the right [B, H, T, I]."""
         flat_NHI = packed_1HNI[0].transpose(0, 1)
