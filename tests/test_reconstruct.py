@@ -102,7 +102,7 @@ def test_real_model_and_domains(models_dir, data_dir, tmp_path):
     dense = models_dir / "rootstock-3m"
     domains = read_domains(data_dir / "calibration")
     assert len(domains) == 10
-    held = {k: v[:40] for k, v in read_domains(data_dir / "calibration", "valid").items()}
+    held = {k: v[:20] for k, v in read_domains(data_dir / "calibration", "valid").items()}
     losses = {}
     small = ReconstructSettings(
         experts=4, keep=0.5, windows=4, length=128, affinity="scores", seed=1
