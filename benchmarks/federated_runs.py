@@ -112,7 +112,7 @@ def settings_of(
     finish = recipe.finish
     if (
         finish is not None
-    ):  # its rounds are among those of all methods; everybody takes part in them
+    ):  # everybody takes part in its rounds, which are among those of all methods
         finish = replace(finish, rounds=rounds // 4)
     return replace(
         recipe,

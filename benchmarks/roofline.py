@@ -8,8 +8,8 @@ which matrix products, grouped products and attention of which shapes. Then thes
 each as one plain product of its shape (a grouped one expert by expert, causal attention as half of its two
 products), and timed in turn with the step itself. The share of the step's time that they take is the share of
 their FLOP/s that training reaches. What all other operations read and write is counted too, and as many bytes
-copied, block by block: about what their time cannot be less than. LoRA of rank 8 on q, k and v; one batch,
-all threads.
+copied, block by block through a buffer larger than the caches: what their traffic alone would take. LoRA of
+rank 8 on q, k and v; one batch, all threads.
 """
 
 import argparse
@@ -33,8 +33,10 @@ Product = tuple[int, int, int]
 """[n, k] times [k, m]."""
 
 
-BLOCK = 2**20
-"""Bytes that are copied at once: about a step's activation."""
+BLOCK, BLOCKS = 2**20, 256
+"""Bytes that are copied at once, about an activation, and how many such blocks lie one after another."""
+ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "_unsafe_view", "detach")
+GATHERS = ("index_select", "index", "embedding")
 
 
 class Recorded(TorchDispatchMode):
@@ -60,10 +62,20 @@ class Recorded(TorchDispatchMode):
             self._grouped(*args, **(kwargs or {}))
         elif "flash_attention" in name:
             self._attention(backward=name.endswith("backward"), args=args)
-        elif not func.is_view:
-            touched = {id(x): x for x in tree_leaves((args, kwargs, found)) if torch.is_tensor(x)}
-            self.bytes += sum(tensor.nbytes for tensor in touched.values())
+        elif not func.is_view and name not in ALLOCATIONS:
+            self.bytes += self._moved(name, args, kwargs, found)
         return found
+
+    def _moved(self, name: str, args: Any, kwargs: Any, found: Any) -> int:
+        """Return what an operation reads and writes; of what it gathers from it reads what it gives."""
+        read, written = (
+            sum(x.untyped_storage().nbytes() if 0 in x.stride() else x.nbytes for x in tensors)
+            for tensors in (
+                [x for x in tree_leaves(values) if torch.is_tensor(x)]
+                for values in ((args, kwargs), found)
+            )
+        )
+        return 2 * written if name in GATHERS else read + written
 
     def _grouped(self, left: Tensor, right: Tensor, offs: Tensor | None = None, *_: Any) -> None:
         """Groups lie along the tokens of the left one, or of both: a gradient of weights."""
@@ -156,12 +168,12 @@ def _plain(products: Mapping[Product, int]) -> Callable[[], None]:
 
 def _copies(size: int) -> Callable[[], None]:
     """Return what copies blocks until so many bytes are read and written."""
-    source = torch.zeros(BLOCK // 4)
-    target = torch.empty_like(source)
+    source = torch.zeros(BLOCKS, BLOCK // 4)
+    target = torch.zeros_like(source)
 
     def run() -> None:
-        for _ in range(size // (2 * BLOCK)):
-            target.copy_(source)
+        for block in range(size // (2 * BLOCK)):
+            target[block % BLOCKS].copy_(source[block % BLOCKS])
 
     return run
 

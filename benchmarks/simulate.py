@@ -8,7 +8,7 @@ Every client takes the same steps on its own rows of Dolly: `rows` of at most `t
 length, answers included. Subjects: `rootstock-3m` made into a mixture (vocabulary 4,096) and a Mixtral of 24
 million random weights (32,000). All begin with the same adapter; the losses of every step and the mean adapter
 have to agree. Repeats are interleaved, the median counts; what others do one after another is tried with one
-thread and with all, and goes on with the faster. Flower's workers, one for every core, are processes that
+thread and with all, and goes on with the faster. Flower's workers, as many as threads, are processes that
 live as long as their simulation: its rounds follow one another, after those of the others, and the first, which
 starts the workers, is not among them. `--compile`: the cohort with compiled normalisations, too. Ratios are
 those of one run on one machine; sizes that are asked for replace those of the JSON, the others stay there.
@@ -55,7 +55,7 @@ def main() -> None:
         for row in _rows(options, link):
             rows.append(row)
             kept = _merged(options.json, rows)
-            record(options.json, kept, list(_bars(kept)), threads=options.threads)
+            record(options.json, kept, list(_bars(kept)))
     columns = ["subject", "C", "rows", "≤ tokens", "a step", "cohort s"]
     columns += [*(f"÷ {peer}" for peer in rows[0]["times_faster"]), "apart"]
     print_table("one round", columns, [_shown(row) for row in rows])
@@ -64,7 +64,7 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for size in ("clients", "rows", "tokens"):
-        parser.add_argument(f"--{size}", type=int, nargs="+", help="default: what SIZES has")
+        parser.add_argument(f"--{size}", type=int, nargs="+", help="default: those of SIZES")
     parser.add_argument("--subject", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
@@ -89,24 +89,25 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _sizes(options: argparse.Namespace) -> Iterator[tuple[int, int, int]]:
+def _sizes(options: argparse.Namespace) -> list[tuple[int, int, int]]:
     """Return all sizes of the benchmark, or those of what is asked for."""
     asked = (options.clients, options.rows, options.tokens)
-    if all(asked):
-        return product(*asked)
-    return (
-        size for size in SIZES if all(own in of for own, of in zip(size, asked, strict=True) if of)
-    )
+    if not any(asked):
+        return SIZES
+    known = [sorted(set(axis)) for axis in zip(*SIZES, strict=True)]
+    return list(product(*(own or axis for own, axis in zip(asked, known, strict=True))))
 
 
 def _merged(path: Path, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the rows of a JSON, with these in the place of those of the same subject and size."""
+    """Return the rows of a JSON, with these in the place of those of the same work."""
 
-    def size(row: Mapping[str, Any]) -> tuple[Any, ...]:
-        return row["subject"], row["clients"], row["rows"], row["tokens"]
+    def work(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(
+            row[key] for key in ("subject", "clients", "rows", "tokens", "steps", "threads")
+        )
 
     found = json.loads(path.read_text("utf-8"))["rows"] if path.is_file() else []
-    kept = {size(row): row for row in (*found, *rows)}
+    kept = {work(row): row for row in (*found, *rows)}
     return [kept[key] for key in sorted(kept)]
 
 
@@ -131,7 +132,8 @@ def _measured(
     seconds = timed(_faster(ways), repeats)
     if link:
         padded = _batches(work)
-        found = link.rounds(folder, LORA, _to_peft(first), padded, RATE, repeats + 1)
+        given = (folder, LORA, _to_peft(first), padded, RATE)
+        found = link.rounds(*given, count=repeats + 1, workers=options.threads)
         done[FLOWER] = Done(_from_peft(found.mean), found.losses)
         start, *seconds[FLOWER] = found.seconds
         about = {"flower_start_seconds": {"first round": start, "around the rounds": found.around}}
@@ -149,6 +151,8 @@ def _measured(
         "clients": len(work.examples),
         "rows": work.rows,
         "tokens": work.tokens,
+        "steps": work.steps,
+        "threads": options.threads,
         "tokens_of_a_step": sum(len(e.input_ids) for e in drawn) / len(work.examples),
         "answer_tokens_of_a_step": answers / len(work.examples),
         "seconds": seconds,

@@ -1,4 +1,4 @@
-"""Flower's simulation (`flwr run`, Ray) of what `peft_loop` does: one worker of one thread for every core."""
+"""Flower's simulation (`flwr run`, Ray) of what `peft_loop` does: so many workers of one thread each."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +58,7 @@ class Flower:
         clients: Sequence[Sequence[Padded]],
         rate: float,
         count: int,
+        workers: int,
     ) -> Simulated:
         """Train the same rounds `count` times over, each from the mean of the one before.
 
@@ -68,6 +69,7 @@ class Flower:
             clients: Every client's batches.
             rate: AdamW's learning rate.
             count: How many rounds.
+            workers: How many clients train at once, each in a process of one thread.
 
         Raises:
             RuntimeError: the simulation failed, or a client of it.
@@ -81,7 +83,7 @@ class Flower:
             for number, batches in enumerate(clients):
                 torch.save([dict(batch) for batch in batches], folder / f"{number}.pt")
             began = time.perf_counter()
-            said = self._run(folder, len(clients), count)
+            said = self._run(folder, len(clients), count, workers)
             took = time.perf_counter() - began
             if not (folder / "found.pt").exists():
                 raise RuntimeError(f"Flower's simulation gave nothing; it said:\n{said[-3000:]}")
@@ -91,9 +93,10 @@ class Flower:
         around = took - sum(found["seconds"])
         return Simulated(found["seconds"], around, found["mean"], found["losses"])
 
-    def _run(self, folder: Path, clients: int, rounds: int) -> str:
+    def _run(self, folder: Path, clients: int, rounds: int, workers: int) -> str:
         config = f'folder="{folder}" clients={clients} rounds={rounds}'
-        federation = f"num-supernodes={clients} client-resources-num-cpus=1"
+        federation = f"num-supernodes={clients} client-resources-num-cpus=1 "
+        federation += f"init-args-num-cpus={workers}"
         command = [_program("flwr"), "run", str(APP), "benchmark", "--stream"]
         command += ["--run-config", config, "--federation-config", federation]
         done = subprocess.run(
@@ -130,7 +133,8 @@ def flower() -> Iterator[Flower]:
             _wait_for(port, link, home / "superlink.log")
             yield Flower(home, environment)
         finally:
-            os.killpg(link.pid, signal.SIGTERM)
+            with suppress(ProcessLookupError):  # it may have ended by itself
+                os.killpg(link.pid, signal.SIGTERM)
             try:
                 link.wait(20)
             except subprocess.TimeoutExpired:

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from pomona.cli.options import Device
 from pomona.errors import PomonaError
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML file of the federation.")]
@@ -29,6 +28,9 @@ Rate = Annotated[
         help="With --dry-run: the TFLOP/s a machine sustains; else this one's are timed.",
     ),
 ]
+Devices = Annotated[
+    str, typer.Option("--device", help="auto (all GPUs, if there are any), cpu, cuda or cuda:1.")
+]
 Seed = Annotated[int | None, typer.Option("--seed", help="Use this seed, not the recipe's.")]
 
 
@@ -39,7 +41,7 @@ def federate(
     seed: Seed = None,
     dry_run: DryRun = False,
     tflops: Rate = None,
-    device: Device = "auto",
+    device: Devices = "auto",
 ) -> None:
     """Tune a model across clients that share a small adapter and no rows.
 

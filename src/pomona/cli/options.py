@@ -23,5 +23,5 @@ TemplateName = Annotated[
     ),
 ]
 Device = Annotated[
-    str, typer.Option("--device", help="auto (GPUs if there are any), cpu, cuda or cuda:1.")
+    str, typer.Option("--device", help="auto (a GPU if there is one), cpu, cuda or cuda:1.")
 ]

@@ -6,6 +6,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pomona.data.examples import collate_prompts, padding_id
+from pomona.models.frozen_experts import as_generation_knows
 from pomona.models.placement import device_of
 
 
@@ -55,9 +56,11 @@ def cohort_answers(
         ]
         flat = [own[i] for own, some in zip(prompts, chosen, strict=True) for i in some]
         ids_BT, mask_BT = collate_prompts(flat, padding_id(tokenizer))
-        output_BT = model.generate(  # pyright: ignore[reportCallIssue] - typed as a module
-            input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), generation_config=config
-        )
+        ids_BT, mask_BT = ids_BT.to(device), mask_BT.to(device)
+        with as_generation_knows(model):
+            output_BT = model.generate(  # pyright: ignore[reportCallIssue] - typed as a module
+                input_ids=ids_BT, attention_mask=mask_BT, generation_config=config
+            )
         said = iter(output_BT[:, ids_BT.shape[1] :])
         for own, some in zip(answers, chosen, strict=True):
             for i in some:

@@ -4,11 +4,14 @@ Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004; Google's ro
 """
 
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rouge_score.rouge_scorer import RougeScorer
 
 
 @cache
-def _scorer() -> Any:
+def _scorer() -> "RougeScorer":
     from rouge_score.rouge_scorer import RougeScorer  # loads all of nltk: half a second of a start
 
     return RougeScorer(["rougeL"], use_stemmer=True)

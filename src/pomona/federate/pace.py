@@ -164,8 +164,9 @@ def _rate(federation: Federation, tasks: Sequence[Task]) -> float:
     for _ in range(1 + _REPEATS):
         began = perf_counter()
         federation.replicas.map(train, tasks)
-        if federation.base.device.type == "cuda":
-            torch.cuda.synchronize(federation.base.device)
+        for base in federation.replicas.bases:
+            if base.device.type == "cuda":
+                torch.cuda.synchronize(base.device)
         seconds.append(perf_counter() - began)
     return _tokens(settings, tasks) / min(seconds[1:])
 
@@ -242,7 +243,8 @@ def _machine_file(federation: Federation, inputs: Inputs) -> Path | None:
     told = [
         repr(replace(settings, seed=0)),
         asdict(inputs),
-        [computer, device.type, torch.get_num_threads(), torch.__version__],
+        [computer, device.type, len(federation.replicas.bases), torch.get_num_threads()],
+        torch.__version__,
     ]
     digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
     return folder / "pace" / f"{digest[:32]}.json"

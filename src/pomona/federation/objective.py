@@ -92,10 +92,10 @@ def client_losses(
     `router_loss` times the load-balancing loss is in the gradient, and so is what is rehearsed of each client's
     `texts`; neither is in the loss that is told.
     """
-    return gathered(base, rows, clients, pad_id, texts).losses(base, router_loss)
+    return prepared(base, rows, clients, pad_id, texts).losses(base, router_loss)
 
 
-def gathered(
+def prepared(
     base: FrozenBase,
     rows: Sequence[Sequence[Example]],
     clients: int,

@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from pomona.data.examples import Example
 from pomona.errors import PomonaError
+from pomona.models.frozen_experts import as_generation_knows
 from pomona.models.placement import device_of
 from pomona.seeds import numpy_generator, seed_of
 from pomona.shapes import PerClient
@@ -77,7 +78,7 @@ class Rehearsal:
         )
         device = device_of(model)
         devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), as_generation_knows(model):
             torch.manual_seed(seed_of(seed, "rehearsal", batch))
             said = model.generate(  # pyright: ignore[reportCallIssue] - typed as a module
                 input_ids=first_B1.to(device),

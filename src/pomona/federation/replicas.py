@@ -15,11 +15,11 @@ from itertools import pairwise
 from typing import TypeVar
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from pomona.federation.cohort import FrozenBase
 from pomona.models.experts import find_expert_sites
-from pomona.models.placement import moved
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -76,7 +76,12 @@ def _shared(base: FrozenBase) -> FrozenBase:
 
 def _copied(base: FrozenBase, device: torch.device) -> FrozenBase:
     """Return the same base with weights of its own on a device."""
-    return _around(base, moved(copy.deepcopy(base.model), device))
+    known: dict[int, object] = {}
+    for parameter in base.model.parameters():  # never a second time where the first ones lie
+        known[id(parameter)] = nn.Parameter(parameter.detach().to(device, copy=True), False)
+    for buffer in base.model.buffers():
+        known[id(buffer)] = buffer.to(device, copy=True)
+    return _around(base, copy.deepcopy(base.model, known))
 
 
 def _around(base: FrozenBase, model: PreTrainedModel) -> FrozenBase:

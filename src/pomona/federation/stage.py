@@ -11,7 +11,7 @@ from torch import Tensor
 from pomona.data.examples import Example
 from pomona.federation.cohort import FrozenBase
 from pomona.federation.dp_sgd import RowNoise, repeated
-from pomona.federation.objective import PackedStep, PaddedStep, client_losses, gathered
+from pomona.federation.objective import PackedStep, PaddedStep, client_losses, prepared
 from pomona.federation.rehearsal import Rehearsed
 from pomona.federation.strategies.protocol import (
     Corrects,
@@ -84,7 +84,7 @@ class Stage:
         names, parameters = list(leaves), list(leaves.values())
         resume = _kept_moments(stacked, names, first)
         attached = state if self.noise is None else ClientState()  # rows are attached one by one
-        batches = ahead(map(self._gathered, range(count)))  # noised rows are gathered apart
+        batches = ahead(map(self._prepared, range(count)))  # noised rows are prepared apart
         with self.base.attach(attached), closing(batches):
             history = fit(
                 parameters,
@@ -140,9 +140,9 @@ class Stage:
             gradients = torch.autograd.grad(kl, list(leaves.values()), materialize_grads=True)
         return _with_gradient(loss_C, leaves, dict(zip(leaves, gradients, strict=True)))
 
-    def _gathered(self, step: int) -> PackedStep | PaddedStep:
+    def _prepared(self, step: int) -> PackedStep | PaddedStep:
         rows = self._rows(step)
-        return gathered(self.base, rows, len(rows), self.pad_id, self._texts(step))
+        return prepared(self.base, rows, len(rows), self.pad_id, self._texts(step))
 
     def _noised_losses(self, step: int, state: ClientState, noise: RowNoise) -> PerClient:
         """Return the mean over each client's rows of their losses; its gradient is the rows' noised mean."""

@@ -1,10 +1,11 @@
 """What nothing hangs on, compiled: the normalisations of a model."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pomona.errors import PomonaError
+from pomona.models.placement import device_of
 
 
 def compile_norms(model: PreTrainedModel) -> None:
@@ -17,18 +18,18 @@ def compile_norms(model: PreTrainedModel) -> None:
     norms = [module for module in model.modules() if _only_scales(module)]
     for norm in norms:
         norm.compile(dynamic=True)
-    if not norms:
-        return
-    weight = next(norms[0].parameters())
     try:
-        with torch.no_grad():
-            norms[0](weight.new_ones(2, len(weight)))
+        torch.compile(_probe)(torch.ones(2, device=device_of(model)))
     except Exception as error:  # of the compiler, whatever it is
         last = str(error).strip().splitlines()[-1:] or [type(error).__name__]
         raise PomonaError(
-            f"compile = true, but torch cannot compile here ({last[0]}); install a C++ compiler or leave "
-            "compile out"
+            f"compile = true, but torch cannot compile here ({last[0]}); install what torch.compile "
+            "needs (for a processor a C++ compiler), or leave compile out"
         ) from error
+
+
+def _probe(x: Tensor) -> Tensor:
+    return x * x + 1
 
 
 def _only_scales(module: nn.Module) -> bool:

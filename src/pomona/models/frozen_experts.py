@@ -4,6 +4,8 @@ They compute what transformers' `grouped_mm` does, which is the readable twin. T
 gather of rows by scattering them one by one, and gate and up by joining copies.
 """
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -30,6 +32,19 @@ def use_frozen_experts(model: PreTrainedModel) -> None:
         model.set_experts_implementation(_OURS)
 
 
+@contextmanager
+def as_generation_knows(model: PreTrainedModel) -> Generator[None]:
+    """Have transformers' own products compute experts: `generate` replaces them where others are faster."""
+    ours = getattr(model.config, "_experts_implementation", None) == _OURS
+    if ours:
+        model.set_experts_implementation(_TWIN)
+    try:
+        yield
+    finally:
+        if ours:
+            use_frozen_experts(model)
+
+
 def frozen_experts(
     self: nn.Module,
     hidden_states: Float[Tensor, "N D"],
@@ -44,13 +59,14 @@ def frozen_experts(
     expert_S, order_S = torch.sort(top_k_index.flatten())
     place_S = torch.empty_like(order_S)
     place_S[order_S] = torch.arange(len(order_S), device=order_S.device)
-    ends_E = torch.bincount(expert_S, minlength=experts.num_experts).cumsum(0, dtype=torch.int32)
+    numbers_E = torch.arange(experts.num_experts, device=expert_S.device)
+    ends_E = torch.searchsorted(expert_S, numbers_E, right=True).int()
 
     def product(x_SD: Tensor, name: str) -> Tensor:
         bias = getattr(self, f"{name}_bias")[expert_S] if experts.has_bias else None
         return _grouped_linear(x_SD, getattr(self, name), ends_E, bias, experts.is_transposed)
 
-    x_SD = _gathered(hidden_states, order_S, place_S, copies)
+    x_SD = _permuted(hidden_states, order_S, place_S, copies)
     if not experts.has_gate:
         inner_SW = experts.act_fn(product(x_SD, "up_proj"))
     elif gates_by_silu(self):
@@ -60,17 +76,17 @@ def frozen_experts(
     out_SD = product(inner_SW, "down_proj")
     if experts.has_post_expert_norm:
         out_SD = experts.post_expert_norm(out_SD)
-    weight_S1 = _gathered(top_k_weights.reshape(-1, 1), order_S, place_S)
-    weighted_SD = _gathered(out_SD * weight_S1, place_S, order_S)
+    weight_S1 = _permuted(top_k_weights.reshape(-1, 1), order_S, place_S)
+    weighted_SD = _permuted(out_SD * weight_S1, place_S, order_S)
     return weighted_SD.unflatten(0, (-1, copies)).sum(1).to(hidden_states.dtype)
 
 
-def _gathered(x_ND: Tensor, order_S: Tensor, place_S: Tensor, copies: int = 1) -> Tensor:
+def _permuted(x_ND: Tensor, order_S: Tensor, place_S: Tensor, copies: int = 1) -> Tensor:
     """Return so many copies of every row in another order; place_S is where each of them has gone."""
-    return cast(Tensor, _Gathered.apply(x_ND, order_S, place_S, copies))
+    return cast(Tensor, _Permuted.apply(x_ND, order_S, place_S, copies))
 
 
-class _Gathered(torch.autograd.Function):
+class _Permuted(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, order_S: Tensor, place_S: Tensor, copies: int) -> Tensor:
         ctx.save_for_backward(place_S)

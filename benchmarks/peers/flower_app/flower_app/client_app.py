@@ -32,6 +32,6 @@ def train_client(message: Message, context: Context) -> Message:
 @cache
 def _model(folder: Path) -> PeftModel:
     about = json.loads((folder / "work.json").read_text("utf-8"))
-    torch.set_num_threads(1)  # two workers of one core each
+    torch.set_num_threads(1)  # workers are as many as threads
     model = load_model(Path(about["model"]), "float32")
     return with_adapter(model, about["rank"], about["alpha"], about["targets"])

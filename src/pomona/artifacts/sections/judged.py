@@ -17,6 +17,7 @@ class _Judged:
     unparsable: dict[str, int]
     adapter: str | None = None
     graft: str | None = None
+    personal: str | None = None
 
 
 def judged(files: Sequence[Path]) -> str:
@@ -26,7 +27,8 @@ def judged(files: Sequence[Path]) -> str:
     body: list[list[str]] = []
     for path in files:
         found = read_as(path, _Judged)
-        worn = " + ".join(part for part in (found.model, found.adapter, found.graft) if part)
+        parts = (found.model, found.adapter, found.graft, found.personal)
+        worn = " + ".join(part for part in parts if part)
         for criterion, score in found.scores.items():
             body.append(
                 [
