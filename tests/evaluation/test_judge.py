@@ -342,9 +342,10 @@ def test_a_report_names_a_file_that_is_no_judgement(tmp_path):
 
     path = tmp_path / "j.json"
     path.write_text(
-        '{"model": "m", "judge": "j", "scores": {"helpfulness": null}, "unparsable": {}}'
+        '{"model": "m", "judge": "j", "scores": {"helpfulness": null}, "unparsable": {},'
+        ' "adapter": "a", "graft": "g", "personal": "p"}'
     )
-    assert "helpfulness" in judged([path])
+    assert "helpfulness" in judged([path]) and "m + a + g + p" in judged([path])
     path.write_text('{"model": "m"}')
     with pytest.raises(PomonaError, match=r"j\.json is damaged"):
         judged([path])
