@@ -515,3 +515,9 @@ def test_python_dash_m_ends_a_mistake_in_one_sentence(settings, tmp_path):
     done = start("federate", recipe, "--out", tmp_path / "run")
     assert 'unknown key "round"' in sentence(done.returncode, done.stderr)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_python_dash_m_names_a_model_that_is_not_there(tmp_path, domains):
+    done = start("evaluate", tmp_path / "nowhere", "--text", domains)
+    assert str(tmp_path / "nowhere") in sentence(done.returncode, done.stderr)
