@@ -182,7 +182,8 @@ def _settings(
         assert recipe.graft is not None
         graft = replace(recipe.graft, rank=plain.adapter.rank, alpha=plain.adapter.alpha)
         adapter = replace(plain.adapter, targets=recipe.adapter.targets)
-        recipe = replace(plain, name=method, graft=graft, adapter=adapter)
+        local = replace(plain.local, router_loss=recipe.local.router_loss)
+        recipe = replace(plain, name=method, graft=graft, adapter=adapter, local=local)
     if method == "fedrep":  # the last two layers of this model, not of the recipe's
         depth = AutoConfig.from_pretrained(model).num_hidden_layers
         assert recipe.personal is not None
