@@ -84,12 +84,13 @@ def settings_of(
     """Return a recipe on this model and these clients, evaluated alike."""
     given = {"model": str(model.resolve()), "seed": seed, "rounds": rounds}
     recipe = read_recipe(ROOT / "recipes" / f"{method}.toml", FederateSettings, given)
-    if method == "flex-faithful":  # its form and its gate, at the sizes and rates of the others
+    if method == "flex-faithful":  # its form, gate and loss, at the sizes and rates of the others
         plain = read_recipe(ROOT / "recipes" / "fedavg.toml", FederateSettings, given)
         assert recipe.graft is not None
         graft = replace(recipe.graft, rank=plain.adapter.rank, alpha=plain.adapter.alpha)
         adapter = replace(plain.adapter, targets=recipe.adapter.targets)
-        recipe = replace(plain, name=method, graft=graft, adapter=adapter)
+        local = replace(plain.local, router_loss=recipe.local.router_loss)
+        recipe = replace(plain, name=method, graft=graft, adapter=adapter, local=local)
     if method == "fedrep":  # the last two layers of this model, not of the recipe's
         depth = AutoConfig.from_pretrained(model).num_hidden_layers
         assert recipe.personal is not None
