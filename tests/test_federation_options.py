@@ -77,7 +77,10 @@ def test_a_client_joins_late_and_a_newcomer_trains_when_it_is_over(settings, tmp
         (4, "plums"),
         (5, "plums"),
     ]
-    assert {m["round"] for m in metrics(tmp_path / "run", "communication")} == {1, 2, 3}
+    lines = {m["round"]: m for m in metrics(tmp_path / "run", "communication")}
+    assert list(lines) == [1, 2, 3, 4]
+    assert lines[4]["sent"] == {"plums": lines[3]["sent"]["apples"]}, "the shared part, once"
+    assert lines[4]["received"] == {"plums": 0}
     losses = {
         m["round"]: m["loss"]
         for m in metrics(tmp_path / "run", "personal")
@@ -184,7 +187,9 @@ def test_new_clients_graft_onto_a_federation_that_is_over(settings, tmp_path):
     assert trained(tmp_path / "new") == [
         (round_, client) for round_ in (1, 2) for client in ("apples", "pears", "plums")
     ]
-    assert not metrics(tmp_path / "new", "communication")
+    (line,) = metrics(tmp_path / "new", "communication")
+    size = {m["sent"]["pears"] for m in metrics(tmp_path / "first", "communication")}
+    assert (line["round"], {*line["sent"].values()}, line["received_bytes"]) == (1, size, 0)
     _, before = read_adapter(tmp_path / "first/shared")
     _, after = read_adapter(tmp_path / "new/shared")
     assert all(torch.equal(after[n], v) for n, v in before.items())

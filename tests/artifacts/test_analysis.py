@@ -12,7 +12,15 @@ from conftest import word_text
 from scipy import stats
 
 from pomona.artifacts.report import page, write_report
-from pomona.artifacts.rounds import client_series, drift_by_round, mean_series, openness_by_round
+from pomona.artifacts.rounds import (
+    client_series,
+    drift_by_client,
+    drift_by_round,
+    entropy_by_round,
+    load_by_client,
+    mean_series,
+    openness_by_round,
+)
 from pomona.artifacts.run import RunDirectory
 from pomona.artifacts.table import compare, differences, load_runs, measured, pairwise, table
 from pomona.errors import PomonaError
@@ -202,6 +210,28 @@ def test_drift_is_the_total_variation_of_recorded_loads(runs):
     assert found[2].max() > 0
 
 
+def test_entropy_and_load_per_client_are_those_of_the_counts(runs):
+    run = load_runs(runs[:1])[0]
+    lines = [m for m in file_of(runs[0], "metrics.jsonl") if "counts" in m]
+    entropy = entropy_by_round([run])
+    assert list(entropy) == [1, 2]
+    for round_, found_L in entropy.items():
+        counts = [m["counts"] for m in lines if (m["model"], m["round"]) == ("personal", round_)]
+        load_LE = np.sum(counts, axis=0) / np.sum(counts, axis=(0, 2))[:, None]
+        expected = stats.entropy(load_LE, axis=1) / np.log(load_LE.shape[1])
+        assert found_L == pytest.approx(expected)
+    assert entropy[2] == pytest.approx(run.results["routing"]["personal"]["entropy"])
+    loads, drifts = load_by_client(run, "personal"), drift_by_client(load_runs(runs[:3]))
+    assert list(loads) == list(drifts) == list(CLIENTS)
+    for client in CLIENTS:
+        own = {m["model"]: np.array(m["counts"]) for m in lines if m["client"] == client}
+        share = {model: n / n.sum(1, keepdims=True) for model, n in own.items()}
+        assert loads[client].share_LE.numpy() == pytest.approx(share["personal"])
+    by_client = np.mean(list(drifts.values()), axis=0)
+    assert by_client == pytest.approx(drift_by_round(load_runs(runs[:3]))[2])
+    assert drifts["apples"] != pytest.approx(drifts["pears"])
+
+
 def test_the_last_round_is_what_the_results_say(runs):
     run = load_runs(runs[:1])[0]
     last = [m for m in run.metrics if m["model"] == "personal" and m["round"] == 2]
@@ -249,7 +279,17 @@ def test_the_page_has_every_subject_and_names_its_files(runs, tmp_path):
     assert "flex − local-only" in told
     assert "flex − fedavg" not in told
     whole = (tmp_path / "r.html").read_text("utf-8")
-    assert whole.count("<svg") == 3 + 1 + 1 + 1 + 4 + 2
+    plots = {
+        "answers, but perplexity": 3,
+        "who holds what": 1,
+        "convergence": 1,
+        "drift and entropy by round": 2,
+        "expert load of the base and of every method": 4,
+        "every client's expert load and drift": 2 * 3,
+        "gates": 2,
+        "messages of those that send": 2,
+    }
+    assert whole.count("<svg") == sum(plots.values())
 
 
 def cells(told, start):

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from conftest import word_text
 
 from pomona.artifacts.report import write_report
 from pomona.artifacts.run import RunDirectory
@@ -127,11 +128,31 @@ def test_the_page_is_whole_and_asks_nobody(runs, tmp_path):
 
 def test_new_clients_have_everything_again(runs, tmp_path):
     """Beside a method that trained them all along, every figure recomputed from the answers."""
+    pytest.importorskip(
+        "lm_eval", reason="the `eval` extra is not installed: pip install pomona[eval]"
+    )
     known = load_runs(runs)[0]
     recipe = tomllib.loads(known.recipe)
     settings = build(FederateSettings, recipe, tmp_path, "the recipe")
     stage = Finish(1, LocalTraining(steps=1, batch=2))
-    new = replace(settings, name="new", newcomers=("plums",), finish=stage)
+    (tmp_path / "elm.txt").write_text("\n\n".join(word_text(i, 60) for i in range(9)))
+    asked = [
+        {
+            "question": word_text(i, 6),
+            "choices": [word_text(9 * i + c, 2) for c in range(3)],
+            "answer": 1,
+        }
+        for i in range(6)
+    ]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(q) + "\n" for q in asked))
+    evaluation = replace(
+        settings.evaluation,
+        forgetting=tmp_path / "elm.txt",
+        windows=2,
+        tasks=("multiple_choice",),
+        task_data=tmp_path / "own.jsonl",
+    )
+    new = replace(settings, name="new", newcomers=("plums",), finish=stage, evaluation=evaluation)
     about = {"command": ["pomona"], "method": "new", "seed": 0}
     with RunDirectory.open(tmp_path / "new", dump(new), about) as run:
         federate(new, run)
@@ -142,17 +163,37 @@ def test_new_clients_have_everything_again(runs, tmp_path):
         assert list(own.results["base"]["clients"]) == ["plums"]
         assert own.results["personal"]["mean"] == whole.results["personal"]["clients"]["plums"]
         assert {a["client"] for a in own.answers} == {"plums"}
-        assert {m["client"] for m in own.metrics} == {"plums"}
+        assert {m["client"] for m in own.metrics if "client" in m} == {"plums"}
+        for line in (m for m in own.metrics if m["model"] == "communication"):
+            assert set(line["sent"]) == set(line["received"]) == {"plums"}
+            assert line["sent_bytes"] == line["sent"]["plums"]
         for model, routing in own.results["routing"].items():
-            lines = [m for m in whole.metrics if m["model"] == model and m["client"] == "plums"]
+            lines = [m for m in whole.metrics if (m["model"], m.get("client")) == (model, "plums")]
             counts_LE = np.array(lines[-1]["counts"], dtype=float)
             assert np.allclose(routing["load"], counts_LE / counts_LE.sum(1, keepdims=True))
         assert own.results["routing"].keys() == whole.results["routing"].keys() != set()
     write_report(paths, tmp_path / "report.html")
     _, heading, page = (tmp_path / "report.html").read_text("utf-8").partition("New clients</h2>")
     assert heading
-    assert page.count("<table") > 3
-    assert "Expert load" in page
+    again, _, _ = page.partition("Communication</h2>")
+    assert "Expert load" in again
+    for line in (x for run in found[:1] for x in run.forgetting if x["model"] == "personal"):
+        assert line["client"] == "plums"
+    forgot, told = (
+        page.partition(f"{h}</h2>")[2].partition("<h2>")[0]
+        for h in ("Forgetting: loss of held-out text", "What was forgotten: tasks")
+    )
+    nats, tokens = (
+        sum(x[key] for x in found[0].forgetting if x["model"] == "personal")
+        for key in ("nats", "tokens")
+    )
+    assert f"<td>new, personal</td><td>{nats / tokens:.3f}</td>" in forgot
+    (acc,) = [x for x in found[0].tasks if (x["model"], x["metric"]) == ("personal", "acc")]
+    assert f"<td>new, personal</td><td>{acc['value']:.4f}</td>" in told
+    received = page.partition("Communication</h2>")[2].partition("<h2>")[0]
+    once = load_runs(paths)[0].metrics
+    (line,) = [m for m in once if m["model"] == "communication" and "plums" in m["sent"]]
+    assert f"<td>new</td><td>0</td><td>{line['sent']['plums'] / 1e6:.4g}</td><td>0</td>" in received
     for line in compare(found, "loss"):
         assert f"{line.mean.mean:.3f}" in page
     write_report(runs, tmp_path / "none.html")

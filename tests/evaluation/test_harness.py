@@ -80,6 +80,8 @@ def test_accuracy_is_the_one_computed_by_hand(moe_dir, questions):
     assert 0 < p < 1
     assert own.errors["acc"] == pytest.approx(math.sqrt(p * (1 - p) / (n - 1)))
     assert (own.questions, own.fewshot, found.cut) == (n, 0, 0)
+    assert len(own.scores["acc"]) == n
+    assert sum(own.scores["acc"]) / n == pytest.approx(p)
 
 
 def test_the_personal_model_is_what_is_measured(moe_dir, questions, tmp_path):
@@ -165,6 +167,9 @@ def test_mmlu_is_read_from_its_folder(data_dir, models_dir):
         scores = [log_likelihood(opened, tokenizer, about + prompt, letter) for letter in "ABCD"]
         right += scores.index(max(scores)) == question.answer
     assert found.tasks["mmlu_anatomy"].metrics["acc"] == right / 2
+    pooled = [x for name, own in found.tasks.items() if name != "mmlu" for x in own.scores["acc"]]
+    assert sorted(found.tasks["mmlu"].scores["acc"]) == sorted(pooled)
+    assert len(pooled) == 114
 
 
 def test_a_task_of_ones_own_is_a_yaml_file(moe_dir, questions, tmp_path):

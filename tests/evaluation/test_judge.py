@@ -2,19 +2,29 @@
 
 import json
 import logging
+import re
 import sys
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import torch
 
+from pomona.artifacts.origin import origin_of
 from pomona.artifacts.personal import PersonalModel
+from pomona.artifacts.publish import publish_client
+from pomona.artifacts.sections.judged import judged, read_judgements
 from pomona.cli.app import main
 from pomona.data.prompts import read_prompts
+from pomona.data.templates import Alpaca
 from pomona.errors import PomonaError
 from pomona.evaluation.judge import CRITERIA, Judge, open_bench, parse_score
+from pomona.federation.cohort import FrozenBase
+from pomona.federation.update import ClientState
 from pomona.judge import judge
+from pomona.models.loading import load_model
+from pomona.models.lora import LoRA
 
 KEY = "sk-very-secret-0123456789"
 
@@ -337,15 +347,87 @@ def test_a_mistake_is_one_sentence_and_exits_with_2(monkeypatch, moe_dir, tmp_pa
         assert len(err.splitlines()) == 1
 
 
-def test_a_report_names_a_file_that_is_no_judgement(tmp_path):
-    from pomona.artifacts.sections.judged import judged
+def test_a_client_is_judged_with_all_its_parts(monkeypatch, moe_dir, tmp_path, capfd):
+    """The personal LoRA of a client is worn by what is judged, and named in what is written."""
+    model = load_model(moe_dir, "float32")
+    base = FrozenBase(model, LoRA(), None, (), LoRA(2, 4.0, ("o_proj",)))
+    drawn = torch.Generator().manual_seed(3)
+    lora = {
+        n: torch.randn(v.shape, generator=drawn) for n, v in base.init_personal(0, "pears").items()
+    }
+    origin = origin_of(base, str(moe_dir), Alpaca(), 96)
+    publish_client(tmp_path, "pears", base, ClientState(personal=lora), origin)
+    own = tmp_path / "clients/pears/personal"
+    prompts, replies = prompts_at(tmp_path / "p.jsonl"), {}
+    for name, parts in (("base", []), ("pears", ["--personal", own])):
+        with Server(scored) as server:
+            options = [
+                "--prompts",
+                prompts,
+                "--judge-model",
+                "j",
+                "--new-tokens",
+                6,
+                "--retries",
+                0,
+            ]
+            out = tmp_path / f"{name}.json"
+            given = [*options, *parts, "--json", out]
+            assert call(monkeypatch, "judge", moe_dir, "--url", server.url, *given) == 0
+        replies[name] = json.loads(out.read_text("utf-8"))
+    assert replies["pears"]["personal"] == str(own)
+    assert "personal" not in replies["base"]
+    said = {name: [each["answer"] for each in own["answers"]] for name, own in replies.items()}
+    assert said["pears"] != said["base"]
+    told = judged(read_judgements([tmp_path / "base.json", tmp_path / "pears.json"]), ["pears"])
+    assert "pears.json" in told and "base.json" not in told
 
+
+def judgement(path, scores, **parts):
+    """A file as the command writes it: the scores of prompts by one criterion."""
+    answers = [
+        {"prompt": f"p{i}", "answer": "", "scores": {"helpfulness": s}, "replies": {}}
+        for i, s in enumerate(scores)
+    ]
+    given = [s for s in scores if s is not None]
+    mean = sum(given) / len(given)
+    interval = {"mean": mean, "low": mean, "high": mean}
+    told = {"model": "m", "judge": "j", "url": "u", "answers": answers, **parts}
+    told |= {"scores": {"helpfulness": interval}, "unparsable": {"helpfulness": scores.count(None)}}
+    path.write_text(json.dumps(told))
+    return path
+
+
+def test_clients_of_a_run_stand_together_and_runs_are_paired_by_prompt(tmp_path):
+    """Means, the worst client, and a difference on the prompts that both were given a score for."""
+    files = [
+        judgement(tmp_path / "base.json", [1, 2, 3, 4]),
+        judgement(
+            tmp_path / "a.json", [5, 6, None, 8], adapter="r/shared", graft="r/clients/a/graft"
+        ),
+        judgement(tmp_path / "b.json", [3, 4, 9, 6], adapter="r/shared", graft="r/clients/b/graft"),
+        judgement(tmp_path / "c.json", [9, 9, 9, 9], graft="s/clients/a/graft", judge="another"),
+    ]
+    told = re.sub(r"</t[dh]>", "|", judged(read_judgements(files)).replace("</tr>", "\n"))
+    rows = [line.split("|") for line in re.sub(r"<[^>]+>", "", told).splitlines()]
+    own = {row[0]: row[1:] for row in rows if row[1:2] == ["helpfulness"] and len(row) > 8}
+    assert own["r"][1:4] == ["j", "2", "5.33"], "prompts 0, 1 and 3: means 4, 5 and 7"
+    assert own["r"][5:7] == ["5.50", "3"], "b over all that it was scored on"
+    assert own["m"][1:4] == ["j", "–", "2.50"]
+    assert own["s"][1:4] == ["another", "1", "9.00"]
+    (between,) = [row for row in rows if " − " in row[0]]
+    assert between[:2] == ["m − r, helpfulness", "-3.00"], "another judge is not compared with"
+    assert between[2] == "-3.00 to -3.00"
+
+
+def test_a_report_names_a_file_that_is_no_judgement(tmp_path):
     path = tmp_path / "j.json"
     path.write_text(
         '{"model": "m", "judge": "j", "scores": {"helpfulness": null}, "unparsable": {},'
         ' "adapter": "a", "graft": "g", "personal": "p"}'
     )
-    assert "helpfulness" in judged([path]) and "m + a + g + p" in judged([path])
+    told = judged(read_judgements([path]))
+    assert "helpfulness" in told and "m + a + g + p" in told
     path.write_text('{"model": "m"}')
     with pytest.raises(PomonaError, match=r"j\.json is damaged"):
-        judged([path])
+        read_judgements([path])

@@ -89,8 +89,23 @@ def test_every_model_is_asked_what_pomona_evaluate_asks_it(asking, questions, tm
         assert {metric: x["value"] for metric, x in own.items()} == pytest.approx(found.metrics)
         assert {metric: x["error"] for metric, x in own.items()} == pytest.approx(found.errors)
         assert all((x["questions"], x["fewshot"]) == (30, 1) for x in own.values())
+        for line in own.values():
+            assert len(line["scores"]) == 30
+            assert np.mean(line["scores"]) == pytest.approx(line["value"])
     values = {(x["model"], x["client"]): x["value"] for x in lines if x["metric"] == "acc_norm"}
     assert len(set(values.values())) > 1, "training has changed answers"
+
+
+def asked(line, model):
+    return (line["model"], line["metric"]) == (model, "acc")
+
+
+def paired_figures(a, b):
+    """Bounds and p-value of a difference by the bootstrap as its definition says, over the same draws."""
+    chosen = np.random.default_rng(0).integers(len(a), size=(2000, len(a)))
+    drawn = (a - b)[chosen].mean(1)
+    tail = min((drawn <= 1e-12).mean(), (drawn >= -1e-12).mean())
+    return *np.quantile(drawn, [0.025, 0.975]), min(1.0, max(2 * tail, 1 / 2000))
 
 
 def test_the_page_has_the_base_beside_the_means(asking, tmp_path):
@@ -100,7 +115,7 @@ def test_the_page_has_the_base_beside_the_means(asking, tmp_path):
             made = replace(asking, name=name, seed=seed, **change)
             paths.append(tmp_path / f"{name}-{seed}")
             ran(made, paths[-1])
-    told = re.sub(r"</t[dh]>", "|", page(load_runs(paths)).replace("</tr>", "\n"))
+    told = re.sub(r"</t[dh]>", "|", page(load_runs(paths), "alone").replace("</tr>", "\n"))
     told = html.unescape(re.sub(r"<[^>]+>", "", told)).partition("What was forgotten: tasks")[2]
     rows = [
         line.split("|") for line in told.splitlines() if line.startswith("multiple_choice|acc|")
@@ -112,11 +127,31 @@ def test_the_page_has_the_base_beside_the_means(asking, tmp_path):
         for model in ("base", "personal")
     )
     lowest = min(np.mean([x["value"] for x in lines if x["client"] == c]) for c in CLIENTS)
-    assert [float(x) for x in (rows[0][3], rows[2][3], rows[2][6])] == pytest.approx(
+    assert [float(x) for x in (rows[0][3], rows[2][3], rows[2][9])] == pytest.approx(
         [base, own, lowest], abs=6e-5
     )
     assert float(rows[2][5]) == pytest.approx(own - base, abs=6e-5)
-    assert (rows[0][5], rows[1][6], rows[2][7]) == ("–", "–", "30")
+    assert (rows[0][5:9], rows[1][9], rows[2][10]) == (["–"] * 4, "–", "30")
+    base_n, own_n, alone_n = (
+        np.mean([x["scores"] for path in some for x in lines_of(path) if asked(x, model)], axis=0)
+        for some, model in (
+            (paths[:2], "base"),
+            (paths[:2], "personal"),
+            (paths[2:], "personal"),
+        )
+    )
+    low, high, p = paired_figures(own_n, base_n)
+    assert rows[2][6:8] == [f"{low:+.4f} to {high:+.4f}", f"{p:.4f}"]
+    assert all(float(row[8]) >= float(row[7]) for row in rows[1:]), "corrected for all rows"
+    low, high, p = paired_figures(own_n, alone_n)
+    (against,) = [
+        x.split("|") for x in told.splitlines() if "flex − alone, multiple_choice (acc)|" in x
+    ]
+    assert against[1:4] == [
+        f"{own_n.mean() - alone_n.mean():+.4f}",
+        f"{low:+.4f} to {high:+.4f}",
+        f"{p:.4f}",
+    ]
     assert "From tasks.jsonl" in told
 
 

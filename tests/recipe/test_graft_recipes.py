@@ -37,6 +37,8 @@ def test_flex_faithful_is_what_was_published(read):
     faithful, flex = read("flex-faithful"), read("flex")
     assert faithful.graft == Graft(Reconstruction(128), form="copy", rank=32, alpha=64)
     assert (faithful.adapter.rank, faithful.adapter.alpha) == (32, 64)
+    assert set(faithful.adapter.targets) == {"q_proj", "k_proj", "v_proj"}
+    assert faithful.local.router_loss == "model"
     assert (faithful.rounds, faithful.dtype, faithful.max_length) == (100, "bfloat16", 2048)
     local = faithful.local
     assert (local.steps, local.batch) == (5, 4)

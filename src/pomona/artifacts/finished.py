@@ -63,20 +63,29 @@ class FinishedRun:
         def own(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
             return [line for line in lines if line.get("client", "") in {*clients, None}]
 
-        def kept(by_client: Mapping[str, Any] | None) -> dict[str, Any] | None:
-            found = {n: v for n, v in (by_client or {}).items() if n in clients}
-            return found or None
+        def kept(by_client: Mapping[str, Any] | None) -> dict[str, Any]:
+            return {n: v for n, v in (by_client or {}).items() if n in clients}
 
+        def messages(line: Mapping[str, Any]) -> dict[str, Any]:
+            sent, received = (kept(line.get(way)) for way in ("sent", "received"))
+            both = {"sent_bytes": sum(sent.values()), "received_bytes": sum(received.values())}
+            return {**line, **both, "sent": sent, "received": received}
+
+        measures, sent = (
+            [m for m in self.metrics if (m["model"] == "communication") == is_message]
+            for is_message in (False, True)
+        )
         answers, results = own(self.answers), dict(self.results)
         results |= {
             model: of_model([a for a in answers if a["model"] == model]) for model in MODELS
         }
-        results |= {what: kept(results[what]) for what in ("selection", "gate_openness")}
+        results |= {what: kept(results[what]) or None for what in ("selection", "gate_openness")}
         return replace(
             self,
             answers=answers,
             results={**results, "routing": self._routing_of(clients)},
-            metrics=own(self.metrics),
+            metrics=[*own(measures), *(m for m in map(messages, sent) if m["sent"])],
+            speed=self.speed if self.speed and self.speed.client in clients else None,
             forgetting=own(self.forgetting),
             tasks=own(self.tasks),
         )

@@ -13,7 +13,7 @@ from pomona.artifacts.sections.cost import cost
 from pomona.artifacts.sections.experts import experts
 from pomona.artifacts.sections.forgetting import forgetting
 from pomona.artifacts.sections.holdings import holdings
-from pomona.artifacts.sections.judged import judged
+from pomona.artifacts.sections.judged import Judgement, judged, read_judgements
 from pomona.artifacts.sections.newcomers import newcomers
 from pomona.artifacts.sections.privacy import privacy
 from pomona.artifacts.sections.tasks import tasks
@@ -39,11 +39,11 @@ def write_report(
         raise PomonaError(
             f"{paths[0]} and the other runs have different clients; report runs of one federation"
         )
-    write_text(out, page(runs, baseline, judgements))
+    write_text(out, page(runs, baseline, read_judgements(judgements)))
 
 
 def page(
-    runs: Sequence[FinishedRun], baseline: str | None = None, judgements: Sequence[Path] = ()
+    runs: Sequence[FinishedRun], baseline: str | None = None, judgements: Sequence[Judgement] = ()
 ) -> str:
     """Return the page's HTML."""
     sections = [
@@ -53,8 +53,8 @@ def page(
         convergence(runs),
         experts(runs),
         forgetting(runs, baseline),
-        newcomers(runs, baseline),
-        tasks(runs),
+        newcomers(runs, baseline, judgements),
+        tasks(runs, baseline),
         judged(judgements),
         cost(runs),
         privacy(runs),

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from pomona.artifacts.finished import FinishedRun
-from pomona.evaluation.experts import load_drift
+from pomona.evaluation.experts import ExpertLoad, expert_load, load_drift
 
 Line = Mapping[str, Any]
 Series = dict[int, float]
@@ -46,6 +46,52 @@ def drift_by_round(runs: Sequence[FinishedRun]) -> dict[int, NDArray[np.float64]
                 drift_L = load_drift(_counts(line), base[line["client"]]).numpy()
                 found.setdefault(line["round"], []).append(drift_L)
     return {round_: np.mean(drifts, axis=0) for round_, drifts in sorted(found.items())}
+
+
+def entropy_by_round(runs: Sequence[FinishedRun]) -> dict[int, NDArray[np.float64]]:
+    """Return the entropy of the served model's expert load per layer [L], by round, the mean over seeds.
+
+    The load is that of all clients together; empty where routing was not recorded.
+    """
+    found: dict[int, list[NDArray[np.float64]]] = {}
+    for run in runs:
+        rounds: dict[int, list[torch.Tensor]] = {}
+        for line in _lines(run, run.served) if experts_of(run) else ():
+            if "counts" in line:
+                rounds.setdefault(line["round"], []).append(_counts(line))
+        for round_, counts in rounds.items():
+            load = expert_load(torch.stack(counts).sum(0), experts_of(run))
+            found.setdefault(round_, []).append(load.entropy_L.numpy())
+    return {round_: np.mean(every, axis=0) for round_, every in sorted(found.items())}
+
+
+def load_by_client(run: FinishedRun, model: str) -> dict[str, ExpertLoad]:
+    """Return what the experts were given of every client's test rows when they were last measured."""
+    last = {line["client"]: line for line in _lines(run, model) if "counts" in line}
+    experts = experts_of(run)
+    return {name: expert_load(_counts(line), experts) for name, line in last.items() if experts}
+
+
+def drift_by_client(runs: Sequence[FinishedRun]) -> dict[str, NDArray[np.float64]]:
+    """Return every client's last drift of expert load from the base's per layer [L], the mean over seeds."""
+    found: dict[str, list[NDArray[np.float64]]] = {}
+    for run in runs:
+        base, last = (load_by_client(run, model) for model in ("base", run.served))
+        for name in base.keys() & last.keys():
+            apart_L = (last[name].share_LE - base[name].share_LE).abs().sum(1) / 2
+            found.setdefault(name, []).append(apart_L.numpy())
+    return {
+        name: np.mean(found[name], axis=0)
+        for name in runs[0].results["base"]["clients"]
+        if name in found
+    }
+
+
+def experts_of(run: FinishedRun) -> list[int]:
+    """Return the number of experts of every MoE layer; empty where routing was not recorded."""
+    return next(
+        (own["experts"] for own in run.results["routing"].values() if own.get("experts")), []
+    )
 
 
 def openness_by_round(runs: Sequence[FinishedRun]) -> dict[int, NDArray[np.float64]]:

@@ -5,6 +5,7 @@ read local files; their wording is in `tasks/`. Every other task is the harness'
 """
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import asdict
@@ -75,7 +76,7 @@ def run_tasks(
     wrapped = _Wrapped(model, tokenizer, progress)
     try:
         with redirect_stderr(StringIO()):
-            found = evaluate(wrapped, prepared, limit=limit or None, log_samples=False)
+            found = evaluate(wrapped, prepared, limit=limit or None, log_samples=True)
     except (AssertionError, ValueError) as error:
         raise PomonaError(
             f"the harness refuses the tasks asked for: {_first_line(error)}; choose others or fewer "
@@ -206,8 +207,10 @@ def _figures(found: Mapping[str, Any]) -> dict[str, TaskFigures]:
     sizes, members = found["n-samples"], found.get("group_subtasks", {})
     figures: dict[str, TaskFigures] = {}
     for name, own in {**found.get("groups", {}), **found["results"]}.items():
+        counted = members.get(name) or [name]
         metrics: dict[str, float] = {}
         errors: dict[str, float | None] = {}
+        scores: dict[str, list[float]] = {}
         for key, value in own.items():
             metric, _, kind = key.partition(",")
             if not kind or metric.endswith("_stderr") or not isinstance(value, (int, float)):
@@ -216,10 +219,20 @@ def _figures(found: Mapping[str, Any]) -> dict[str, TaskFigures]:
             error = own.get(f"{metric}_stderr,{kind}")
             metrics[label] = float(value)
             errors[label] = float(error) if isinstance(error, (int, float)) else None
-        counted = members.get(name) or [name]
+            every = [
+                s for task in counted for s in _scores(found["samples"].get(task, ()), metric, kind)
+            ]
+            if every and math.isclose(math.fsum(every) / len(every), value, abs_tol=1e-9):
+                scores[label] = every
         questions = sum(sizes[task]["effective"] for task in counted if task in sizes)
-        figures[name] = TaskFigures(metrics, errors, questions, found["n-shot"].get(name))
+        figures[name] = TaskFigures(metrics, errors, questions, found["n-shot"].get(name), scores)
     return figures
+
+
+def _scores(samples: Sequence[Mapping[str, Any]], metric: str, kind: str) -> list[float]:
+    """Return what a metric gave each question that it gives a number."""
+    found = [sample.get(metric) for sample in samples if sample["filter"] == kind]
+    return [float(value) for value in found if isinstance(value, (int, float))]
 
 
 def _first_line(error: BaseException) -> str:

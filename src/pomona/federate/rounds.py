@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from time import monotonic
 from typing import Any
 
@@ -63,7 +64,7 @@ def train_round(federation: Federation, snapshot: Snapshot, round_: int) -> Snap
 
 
 def finishing_round(federation: Federation, snapshot: Snapshot, round_: int) -> Snapshot:
-    """Train what stays at the clients, after the last round and without sending anything."""
+    """Train what stays at the clients, after the last round; who is new is sent what is shared, once."""
     settings, began = federation.settings, monotonic()
     finish = settings.finishing
     assert finish is not None
@@ -74,6 +75,8 @@ def finishing_round(federation: Federation, snapshot: Snapshot, round_: int) -> 
     for name, trained in _train(federation, snapshot, names, round_, strategy, finish):
         private[name] = split(trained.state, strategy.shares, frozen_part(strategy))[1]
         metrics.append(_training_line(round_, name, trained))
+    if round_ == settings.rounds + 1:
+        metrics += _sent_to_newcomers(federation, snapshot.server, names, round_)
     metrics += _spent_on_rows(federation, finish.training, private, round_)
     return _committed(federation, snapshot, round_, snapshot.server, private, metrics, began)
 
@@ -147,6 +150,16 @@ def sent_to_clients(strategy: Strategy, server: ServerState) -> dict[str, Tensor
     memory = server.memory if isinstance(strategy, Corrects) else {}
     changed = {n: v for n, v in server.shared.items() if not within(n, frozen_part(strategy))}
     return {**changed, **memory}
+
+
+def _sent_to_newcomers(
+    federation: Federation, server: ServerState, names: Sequence[str], round_: int
+) -> list[dict[str, Any]]:
+    """Return the line of what those are sent who were in no round: the shared part, once."""
+    new = [name for name in names if federation.settings.is_new(name)]
+    shared = sent_to_clients(federation.settings.strategy, replace(server, memory={}))
+    messages = {name: federation.sends(name, shared) for name in new}
+    return [communication(round_, messages, [])] if new and shared else []
 
 
 def _protect(

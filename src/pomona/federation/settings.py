@@ -230,7 +230,11 @@ class FederateSettings:
         finish = self.finishing
         if finish is None:
             return False
-        return not finish.newcomers_only or client in self.newcomers or self.only_finishes
+        return not finish.newcomers_only or self.is_new(client)
+
+    def is_new(self, client: str) -> bool:
+        """Whether a client takes part in no round."""
+        return client in self.newcomers or self.only_finishes
 
     def check_clients(self, names: list[str]) -> None:
         """Raise `PomonaError` for a client of the recipe that the data do not have, or too few of them."""

@@ -3,8 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
+from pomona.artifacts import figures
 from pomona.artifacts.finished import FinishedRun
-from pomona.artifacts.page import heading, note, number, table
+from pomona.artifacts.page import figure, heading, note, number, table
 from pomona.artifacts.table import methods_of
 
 
@@ -19,8 +22,7 @@ def _communication(runs: Sequence[FinishedRun]) -> str:
     for run in runs:
         lines = _lines(run)
         sent, received = (sum(m[f"{way}_bytes"] for m in lines) for way in ("sent", "received"))
-        messages = sum(len(m["sent"]) for m in lines if "sent" in m)
-        each = (sent + received) / 2 / messages if messages else None
+        each = _per_client_and_round(run, lines)
         body.append(
             [
                 run.method,
@@ -40,6 +42,18 @@ def _communication(runs: Sequence[FinishedRun]) -> str:
     )
     shares = ["of all parameters", "of LoRA everywhere"]
     return heading("communication") + table([*header, *shares], body) + note(told)
+
+
+def _per_client_and_round(run: FinishedRun, lines: Sequence[Any]) -> float | None:
+    """Return the mean message of those who took part in rounds; who is new then sends nothing."""
+    new = run.newcomers
+    both = [
+        (m["sent"][name] + m["received"].get(name, 0)) / 2
+        for m in lines
+        for name in m.get("sent", ())
+        if name not in new
+    ]
+    return sum(both) / len(both) if both else None
 
 
 def _ratios(run: FinishedRun, each: float | None) -> list[str]:
@@ -65,8 +79,26 @@ def _per_client(runs: Sequence[FinishedRun]) -> str:
         for run in counted
         for way, told in (("sent", "sent"), ("received", "received"))
     ]
-    told = "MB of all rounds, the first seed of each method; metrics.jsonl has them by round."
-    return table(["to and from", *clients], body) + note(told)
+    told = "MB of all rounds, the first seed of each method. From metrics.jsonl."
+    parts = [table(["to and from", *clients], body), note(told)]
+    return "".join([*parts, *(_by_round(run, clients) for run in counted)])
+
+
+def _by_round(run: FinishedRun, clients: Sequence[str]) -> str:
+    """Draw how much went to and from every client in each round; nothing where nothing was sent."""
+    lines = [m for m in _lines(run) if "sent" in m]
+    if not any(m["sent_bytes"] or m["received_bytes"] for m in lines):
+        return ""
+    messages = {
+        told: [[m[way].get(c, np.nan) / 1000 for m in lines] for c in clients]
+        for way, told in (("sent", "sent to the client"), ("received", "received from it"))
+    }
+    plot = figures.message_map(messages, clients, [m["round"] for m in lines])
+    told = (
+        f"Messages of {run.method}, seed {run.seed}, by round: blank where a client was not in it, 0 where it "
+        "sent nothing. From metrics.jsonl."
+    )
+    return figure(plot, told)
 
 
 def _flops(runs: Sequence[FinishedRun]) -> str:

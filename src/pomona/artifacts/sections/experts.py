@@ -8,7 +8,13 @@ from numpy.typing import NDArray
 from pomona.artifacts import curves, figures
 from pomona.artifacts.finished import FinishedRun
 from pomona.artifacts.page import figure, heading, note, number, table
-from pomona.artifacts.rounds import drift_by_round, openness_by_round
+from pomona.artifacts.rounds import (
+    drift_by_client,
+    drift_by_round,
+    entropy_by_round,
+    load_by_client,
+    openness_by_round,
+)
 from pomona.artifacts.table import methods_of
 
 Rounds = Mapping[int, NDArray[np.float64]]
@@ -28,8 +34,19 @@ def experts(runs: Sequence[FinishedRun]) -> str:
             "Thick: their mean. From metrics.jsonl."
         )
         parts.append(figure(plot, told))
+    entropy = {
+        m: found for m, group in methods.items() if len(found := entropy_by_round(group)) > 1
+    }
+    if entropy:
+        plot = curves.layers_by_round(entropy, "entropy of expert load / log E")
+        told = (
+            "How even the expert load of the model a client is served by is, all clients' rows together, mean "
+            "over seeds; lines as above. From metrics.jsonl."
+        )
+        parts.append(figure(plot, told))
     parts += [_load(group[0], "base") for group in list(groups.values())[:1]]
     parts += [_load(group[0], group[0].served) for group in groups.values()]
+    parts += [_per_client(method, group) for method, group in groups.items()]
     parts += [_gates(group) for group in methods.values() if group[0].results["gate_openness"]]
     return "".join([heading("experts"), *parts]) if parts else ""
 
@@ -65,9 +82,30 @@ def _load(run: FinishedRun, model: str) -> str:
         [f"layer {i}" for i in range(len(load))],
         [str(e) for e in range(len(load[0]))],
     )
-    whose = "base" if model == "base" else f"{model} model of {run.method}, seed {run.seed}"
     plot = figures.heat_map(load, layers, numbers, "share of assignments")
-    return figure(plot, f"Expert load, {whose}. From results.json.")
+    return figure(plot, f"Expert load, {_whose(run, model)}. From results.json.")
+
+
+def _whose(run: FinishedRun, model: str) -> str:
+    return "base" if model == "base" else f"{model} model of {run.method}, seed {run.seed}"
+
+
+def _per_client(method: str, group: Sequence[FinishedRun]) -> str:
+    """Return which experts each client's rows go to, and how far that is from the base, per layer."""
+    run, drift = group[0], drift_by_client(group)
+    parts: list[str] = []
+    if load := load_by_client(run, run.served):
+        told = f"Expert load of each client's test rows, {_whose(run, run.served)}. From metrics.jsonl."
+        parts.append(figure(figures.expert_load_map(load), told))
+    if drift:
+        layers = [f"layer {i}" for i in range(len(next(iter(drift.values()))))]
+        plot = figures.heat_map([list(d) for d in drift.values()], list(drift), layers, "drift")
+        told = (
+            f"Drift of each client's expert load from the base's when last measured ({method}), mean over "
+            "seeds. From metrics.jsonl."
+        )
+        parts.append(figure(plot, told))
+    return "".join(parts)
 
 
 def _gates(group: Sequence[FinishedRun]) -> str:

@@ -7,6 +7,7 @@ import numpy as np
 
 from pomona.artifacts.finished import FinishedRun
 from pomona.artifacts.page import heading, note, number, span, table
+from pomona.artifacts.sections.paired import paired
 from pomona.artifacts.table import methods_of
 from pomona.evaluation.intervals import Comparison, Ratio, paired_bootstrap
 from pomona.evaluation.significance import holm
@@ -110,21 +111,9 @@ def _against(groups: Mapping[str, Lines], served: Mapping[str, str], baseline: s
     if baseline is None or baseline not in groups:
         return ""
     found = [
-        (method, compared)
+        (f"{method} − {baseline}", compared)
         for method, lines in groups.items()
         if method != baseline
         and (compared := _compare(lines, served[method], groups[baseline], served[baseline]))
     ]
-    corrected = holm([compared.p_value for _, compared in found])
-    body = [
-        [
-            f"{method} − {baseline}",
-            number(compared.difference.mean, 3, "+"),
-            span(compared.difference.low, compared.difference.high, 3, "+"),
-            number(compared.p_value, 4),
-            number(p, 4),
-        ]
-        for (method, compared), p in zip(found, corrected, strict=True)
-    ]
-    header = ["difference of means", "value", "95 %", "p", "p, Holm"]
-    return table(header, body) if body else ""
+    return paired(found, 3)

@@ -6,12 +6,16 @@ from pomona.artifacts.finished import FinishedRun
 from pomona.artifacts.page import heading, note
 from pomona.artifacts.sections.answers import answers
 from pomona.artifacts.sections.convergence import convergence
+from pomona.artifacts.sections.cost import cost
 from pomona.artifacts.sections.experts import experts
 from pomona.artifacts.sections.forgetting import forgetting
+from pomona.artifacts.sections.judged import Judgement, judged
 from pomona.artifacts.sections.tasks import tasks
 
 
-def newcomers(runs: Sequence[FinishedRun], baseline: str | None) -> str:
+def newcomers(
+    runs: Sequence[FinishedRun], baseline: str | None, judgements: Sequence[Judgement]
+) -> str:
     """Return the sections of the clients that are new in any of the runs, every method on them."""
     names = dict.fromkeys(name for run in runs for name in run.newcomers)
     everybody = set(runs[0].results["base"]["clients"])
@@ -20,9 +24,8 @@ def newcomers(runs: Sequence[FinishedRun], baseline: str | None) -> str:
     own = [run.of(names) for run in runs]
     told = (
         f"{', '.join(names)}: in no round of the runs that name them as newcomers, where they trained what is "
-        "private on what the others had shared. The same figures as above, of these clients alone; a message, "
-        "a token and a step cost the same for everybody, and a new client needs the shared part once and sends "
-        "nothing."
+        "private on what the others had shared, which they were sent once. The same figures as above, of these "
+        "clients alone; FLOPs per token are those of all clients."
     )
     return "".join(
         (
@@ -32,6 +35,8 @@ def newcomers(runs: Sequence[FinishedRun], baseline: str | None) -> str:
             convergence(own),
             experts(own),
             forgetting(own, baseline),
-            tasks(own),
+            tasks(own, baseline),
+            judged(judgements, names),
+            cost(own),
         )
     )

@@ -6,16 +6,20 @@ from typing import Any
 import numpy as np
 
 from pomona.artifacts.finished import FinishedRun
-from pomona.artifacts.page import heading, note, number, table
+from pomona.artifacts.page import heading, note, number, span, table
+from pomona.artifacts.sections.paired import paired
 from pomona.artifacts.table import methods_of
+from pomona.evaluation.intervals import Comparison, Ratio, paired_bootstrap
+from pomona.evaluation.significance import holm
 
 Lines = Sequence[Mapping[str, Any]]
+Groups = Mapping[str, Lines]
 
-_HEADER = ["task", "metric", "model", "value", "std. error", "− base", "lowest client"]
+_HEADER = ["task", "metric", "model", "value", "std. error", "− base", "95 %", "p", "p, Holm"]
 _DIGITS = 4
 
 
-def tasks(runs: Sequence[FinishedRun]) -> str:
+def tasks(runs: Sequence[FinishedRun], baseline: str | None) -> str:
     """Return a row per task, metric and model; of a group of tasks the group alone is shown."""
     groups = {
         method: lines
@@ -25,54 +29,110 @@ def tasks(runs: Sequence[FinishedRun]) -> str:
     if not groups:
         return ""
     every = [line for lines in groups.values() for line in lines]
-    kinds = dict.fromkeys((line["task"], line["metric"]) for line in every)
-    names = {task for task, _ in kinds}
-    body = [
-        row
-        for task, metric in kinds
-        if not any(task.startswith(f"{name}_") for name in names - {task})
-        for row in _rows(groups, task, metric)
-    ]
+    asked = dict.fromkeys((line["task"], line["metric"]) for line in every)
+    names = {task for task, _ in asked}
+    kinds = {
+        kind: {method: _of_kind(lines, *kind) for method, lines in groups.items()}
+        for kind in asked
+        if not any(kind[0].startswith(f"{name}_") for name in names - {kind[0]})
+    }
+    served = {method: group[0].served for method, group in methods_of(runs).items()}
     versions = ", ".join(dict.fromkeys(line["harness"] for line in every))
     questions = max(line["questions"] for line in every)
     told = (
         f"At most {questions} questions each, LM evaluation harness {versions}. Personal models: the mean over "
-        "clients; several seeds: over seeds. The standard error is the harness's, of one model's questions; "
-        "models answer the same questions, so a difference is surer than two such errors say. From "
+        "clients; several seeds: over seeds. The standard error is the harness's, of one model's questions. "
+        "Differences: paired bootstrap over the same questions; Holm: corrected for all rows. From "
         "tasks.jsonl, which has the members of a group too."
     )
     cut = max(line["cut"] for line in every)
     if cut:
         told += f" Up to {cut} requests of a model were longer than its context and lost their beginning."
-    return heading("what was forgotten: tasks") + table([*_HEADER, "questions"], body) + note(told)
+    return (
+        heading("what was forgotten: tasks")
+        + table([*_HEADER, "lowest client", "questions"], _rows(kinds))
+        + note(told)
+        + _against(kinds, served, baseline)
+    )
 
 
-def _rows(groups: Mapping[str, Lines], task: str, metric: str) -> list[list[str]]:
-    """Return the base's row, once, and those of every method's models."""
+def _of_kind(lines: Lines, task: str, metric: str) -> Lines:
+    return [line for line in lines if (line["task"], line["metric"]) == (task, metric)]
+
+
+def _of_model(lines: Lines, model: str) -> Lines:
+    return [line for line in lines if line["model"] == model]
+
+
+def _rows(kinds: Mapping[tuple[str, str], Groups]) -> list[list[str]]:
+    """Return the base's row of every task, once, and those of every method's models."""
+    found = [
+        (kind, method, model, own, None if model == "base" else _compare(own, model, own, "base"))
+        for kind, groups in kinds.items()
+        for place, (method, own) in enumerate(groups.items())
+        for model in (("base", "shared", "personal") if place == 0 else ("shared", "personal"))
+        if _of_model(own, model)
+    ]
+    corrected = iter(holm([compared.p_value for *_, compared in found if compared]))
     rows: list[list[str]] = []
-    for method, lines in groups.items():
-        own = [line for line in lines if (line["task"], line["metric"]) == (task, metric)]
-        base = _mean([line for line in own if line["model"] == "base"], "value")
-        for model in ("base", "shared", "personal"):
-            found = [line for line in own if line["model"] == model]
-            if not found or (model == "base" and rows):
-                continue
-            value = _mean(found, "value")
-            rows.append(
-                [
-                    task,
-                    metric,
-                    model if model == "base" else f"{method}, {model}",
-                    number(value, _DIGITS),
-                    number(_mean(found, "error"), _DIGITS),
-                    "–"
-                    if model == "base" or value is None or base is None
-                    else number(value - base, _DIGITS, "+"),
-                    number(_lowest(found), _DIGITS),
-                    str(found[0]["questions"]),
-                ]
-            )
+    for kind, method, model, own, compared in found:
+        lines = _of_model(own, model)
+        value, base = _mean(lines, "value"), _mean(_of_model(own, "base"), "value")
+        apart = None if model == "base" or value is None or base is None else value - base
+        rows.append(
+            [
+                *kind,
+                model if model == "base" else f"{method}, {model}",
+                number(value, _DIGITS),
+                number(_mean(lines, "error"), _DIGITS),
+                number(apart, _DIGITS, "+"),
+                *(_surely(compared, next(corrected)) if compared else ["–"] * 3),
+                number(_lowest(lines), _DIGITS),
+                str(lines[0]["questions"]),
+            ]
+        )
     return rows
+
+
+def _surely(compared: Comparison, corrected: float) -> list[str]:
+    low, high = compared.difference.low, compared.difference.high
+    return [span(low, high, _DIGITS, "+"), number(compared.p_value, 4), number(corrected, 4)]
+
+
+def _against(
+    kinds: Mapping[tuple[str, str], Groups], served: Mapping[str, str], baseline: str | None
+) -> str:
+    """Return every method's difference from the baseline, as their clients are served."""
+    if baseline is None:
+        return ""
+    found = [
+        (f"{method} − {baseline}, {task} ({metric})", compared)
+        for (task, metric), groups in kinds.items()
+        if baseline in groups
+        for method, lines in groups.items()
+        if method != baseline
+        and (compared := _compare(lines, served[method], groups[baseline], served[baseline]))
+    ]
+    return paired(found, _DIGITS)
+
+
+def _compare(a: Lines, first: str, b: Lines, second: str) -> Comparison | None:
+    """Compare two models on the same questions; None where those are others or were not kept."""
+    ours, theirs = (
+        _questions(_of_model(lines, model)) for lines, model in ((a, first), (b, second))
+    )
+    if ours is None or theirs is None or len(ours[0]) != len(theirs[0]):
+        return None
+    return paired_bootstrap([ours], [theirs])
+
+
+def _questions(lines: Lines) -> Ratio | None:
+    """Return what every question was given, the mean over clients and seeds [n]."""
+    every = [line.get("scores", ()) for line in lines]
+    if len({len(scores) for scores in every}) != 1 or not every[0]:
+        return None
+    mean_n = np.mean(np.array(every, dtype=float), axis=0)
+    return mean_n, np.ones(len(mean_n))
 
 
 def _mean(lines: Lines, key: str) -> float | None:

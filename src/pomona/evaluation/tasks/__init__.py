@@ -1,7 +1,7 @@
 """Tasks of the LM evaluation harness: the wording of our own (YAML beside), what any of them gave."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from types import ModuleType
 
 from pomona.errors import PomonaError
@@ -26,13 +26,17 @@ def installed_harness() -> ModuleType:
 class TaskFigures:
     """A task's metrics with their standard errors (None where it has none), and what they are of.
 
-    `fewshot` is None for a group whose members differ.
+    `fewshot` is None for a group whose members differ. `scores` has what every question was given, in the
+    questions' order, of those metrics that are its mean.
     """
 
     metrics: Mapping[str, float]
     errors: Mapping[str, float | None]
     questions: int
     fewshot: int | None
+    scores: Mapping[str, Sequence[float]] = field(
+        default_factory=dict[str, list[float]], repr=False
+    )
 
 
 @dataclass(frozen=True)
