@@ -8,15 +8,19 @@ Every client takes the same steps on its own rows of Dolly: `rows` of at most `t
 length, answers included. Subjects: `rootstock-3m` made into a mixture (vocabulary 4,096) and a Mixtral of 24
 million random weights (32,000). All begin with the same adapter; the losses of every step and the mean adapter
 have to agree. Repeats are interleaved, the median counts; what others do one after another is tried with one
-thread and with all, and goes on with the faster. Flower's workers, as many as threads, are processes that
-live as long as their simulation: its rounds follow one another, after those of the others, and the first, which
-starts the workers, is not among them. `--compile`: the cohort with compiled normalisations, too. Ratios are
-those of one run on one machine; sizes that are asked for replace those of the JSON, the others stay there.
+thread and with all, and goes on with the faster. Flower's simulation is measured tuned to the machine (as many
+workers as threads, each keeps its model) and with its defaults (a client is given two threads, and loads the
+model for every round, as in Flower's examples). Workers live as long as their simulation: its rounds follow one
+another, after those of the others, and the first, which starts the workers, is not among them. `--compile`: the
+cohort with compiled normalisations, too. Ratios are those of one run on one machine; sizes that are asked for
+replace those of the JSON, the others stay there.
 """
 
 import argparse
 import json
+import signal
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import product
@@ -40,7 +44,7 @@ from pomona.models.loading import load_model
 
 PREFIX = "base_model.model."
 COHORT, ONE_BY_ONE, PEFT_LOOP = "cohort", "one by one", "PEFT loop"
-FLOWER, COMPILED = "Flower", "compiled"
+TUNED, DEFAULTS, COMPILED = "Flower tuned", "Flower's defaults", "compiled"
 SIZES = [(16, *size) for size in product((1, 2, 4), (128, 256, 512))]
 SIZES += [(clients, *size) for clients in (4, 64) for size in ((1, 128), (2, 256))]
 """(clients, rows a step, tokens of a row at most) that are measured unless others are asked for."""
@@ -49,6 +53,7 @@ SIZES += [(clients, *size) for clients in (4, 64) for size in ((1, 128), (2, 256
 def main() -> None:
     options = _options()
     find_material()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what Flower started ends with this
     torch.set_num_threads(options.threads)  # before the replicas are counted
     rows: list[dict[str, Any]] = []
     with nullcontext() if options.without_flower else flower() as link:
@@ -124,7 +129,7 @@ def _measured(
 ) -> dict[str, Any]:
     """Return one size's times, ratios and how far the results are apart."""
     base = base_of(folder, work.tokens)
-    first, about = base.init_adapter(SEED), {}
+    first, starts = base.init_adapter(SEED), dict[str, dict[str, float]]()
     ways, repeats = _ways(folder, base, first, work, options.threads), options.repeats
     if options.compile:
         ways[COMPILED] = _compiled(folder, work, options.threads)
@@ -132,15 +137,16 @@ def _measured(
     seconds = timed(_faster(ways), repeats)
     if link:
         padded = _batches(work)
-        given = (folder, LORA, _to_peft(first), padded, RATE)
-        found = link.rounds(*given, count=repeats + 1, workers=options.threads)
-        done[FLOWER] = Done(_from_peft(found.mean), found.losses)
-        start, *seconds[FLOWER] = found.seconds
-        about = {"flower_start_seconds": {"first round": start, "around the rounds": found.around}}
+        for way in (TUNED, DEFAULTS):
+            given = (folder, LORA, _to_peft(first), padded, RATE, repeats + 1, options.threads)
+            found = link.rounds(*given, tuned=way == TUNED)
+            done[way] = Done(_from_peft(found.mean), found.losses)
+            start, *seconds[way] = found.seconds
+            starts[way] = {"first round": start, "around the rounds": found.around}
     median = {name: statistics.median(own) for name, own in seconds.items()}
     best = {
         peer: min(own for name, own in median.items() if name.startswith(peer))
-        for peer in (ONE_BY_ONE, PEFT_LOOP, FLOWER, COMPILED)
+        for peer in (ONE_BY_ONE, PEFT_LOOP, TUNED, DEFAULTS, COMPILED)
         if any(name.startswith(peer) for name in median)
     }
     drawn = [example for own in work.drawn() for example in own[0]]
@@ -156,7 +162,7 @@ def _measured(
         "tokens_of_a_step": sum(len(e.input_ids) for e in drawn) / len(work.examples),
         "answer_tokens_of_a_step": answers / len(work.examples),
         "seconds": seconds,
-        **about,
+        "start_seconds": starts,
         "times_faster": {peer: own / median[COHORT] for peer, own in best.items()},
         "adapters_apart": max(_apart(done[COHORT].mean, other.mean) for other in done.values()),
         "losses_apart": max(
@@ -248,8 +254,9 @@ def _bars(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         at_16 = row["clients"] == 16
         few = at_16 and row["rows"] <= 2
         yield at_least(f"{size}: times the PEFT loop", faster[PEFT_LOOP], 3.0 if few else 1.0)
-        if few and FLOWER in faster:
-            yield at_least(f"{size}: times Flower's simulation", faster[FLOWER], 6.0)
+        for peer in (TUNED, DEFAULTS):
+            if few and peer in faster:
+                yield at_least(f"{size}: times {peer}", faster[peer], 6.0)
         if at_16 and tokens <= 256:
             least = 2.0 if tokens <= 128 else 1.4
             yield at_least(f"{size}: times one by one", faster[ONE_BY_ONE], least)

@@ -1,4 +1,4 @@
-"""Flower's simulation (`flwr run`, Ray) of what `peft_loop` does: so many workers of one thread each."""
+"""Flower's simulation (`flwr run`, Ray) of what `peft_loop` does, tuned to the machine or with its defaults."""
 
 import json
 import os
@@ -27,6 +27,8 @@ QUIET = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+DEFAULT_CPUS = 2
+"""What Flower gives a client where nothing is set (flwr 1.42, `client-resources-num-cpus`)."""
 LONGEST = 1800.0
 """Seconds that a simulation may take."""
 
@@ -58,7 +60,8 @@ class Flower:
         clients: Sequence[Sequence[Padded]],
         rate: float,
         count: int,
-        workers: int,
+        threads: int,
+        tuned: bool,
     ) -> Simulated:
         """Train the same rounds `count` times over, each from the mean of the one before.
 
@@ -69,7 +72,10 @@ class Flower:
             clients: Every client's batches.
             rate: AdamW's learning rate.
             count: How many rounds.
-            workers: How many clients train at once, each in a process of one thread.
+            threads: Of the processor, for all clients together.
+            tuned: As many clients at once as threads, each in a process of one thread that keeps its model.
+                Else as Flower is when nothing is set, and as its examples are written: a client is given two
+                threads, and loads the model for every round.
 
         Raises:
             RuntimeError: the simulation failed, or a client of it.
@@ -77,13 +83,15 @@ class Flower:
         with tempfile.TemporaryDirectory(dir=self.home) as name:
             folder = Path(name)
             about = {"model": str(model.resolve()), "rate": rate}
+            cpus = 1 if tuned else DEFAULT_CPUS
+            about |= {"threads": min(cpus, threads), "keeps_model": tuned}
             about |= {"rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets)}
             (folder / "work.json").write_text(json.dumps(about), "utf-8")
             torch.save(dict(shared), folder / "shared.pt")
             for number, batches in enumerate(clients):
                 torch.save([dict(batch) for batch in batches], folder / f"{number}.pt")
             began = time.perf_counter()
-            said = self._run(folder, len(clients), count, workers)
+            said = self._run(folder, len(clients), count, cpus, max(threads, cpus))
             took = time.perf_counter() - began
             if not (folder / "found.pt").exists():
                 raise RuntimeError(f"Flower's simulation gave nothing; it said:\n{said[-3000:]}")
@@ -93,10 +101,10 @@ class Flower:
         around = took - sum(found["seconds"])
         return Simulated(found["seconds"], around, found["mean"], found["losses"])
 
-    def _run(self, folder: Path, clients: int, rounds: int, workers: int) -> str:
+    def _run(self, folder: Path, clients: int, rounds: int, cpus: int, all_cpus: int) -> str:
         config = f'folder="{folder}" clients={clients} rounds={rounds}'
-        federation = f"num-supernodes={clients} client-resources-num-cpus=1 "
-        federation += f"init-args-num-cpus={workers}"
+        federation = f"num-supernodes={clients} client-resources-num-cpus={cpus} "
+        federation += f"init-args-num-cpus={all_cpus}"
         command = [_program("flwr"), "run", str(APP), "benchmark", "--stream"]
         command += ["--run-config", config, "--federation-config", federation]
         done = subprocess.run(

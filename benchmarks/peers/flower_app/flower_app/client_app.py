@@ -1,4 +1,4 @@
-"""A client: the shared adapter comes, its own goes back; the model stays in the worker from round to round."""
+"""A client: the shared adapter comes, its own goes back; the model stays in the worker, or is loaded anew."""
 
 import json
 from functools import cache
@@ -22,7 +22,8 @@ def train_client(message: Message, context: Context) -> Message:
     client = int(context.node_config["partition-id"])
     batches = torch.load(folder / f"{client}.pt")
     shared = message.content["arrays"].to_torch_state_dict()
-    adapter, losses = train(_model(folder), shared, batches, about["rate"])
+    model = _kept(folder) if about["keeps_model"] else _loaded(folder)
+    adapter, losses = train(model, shared, batches, about["rate"])
     # each client counts once, whatever its rows
     metrics = MetricRecord({"client": client, "losses": losses, "num-examples": 1})
     reply = RecordDict({"arrays": ArrayRecord(adapter), "metrics": metrics})
@@ -30,8 +31,12 @@ def train_client(message: Message, context: Context) -> Message:
 
 
 @cache
-def _model(folder: Path) -> PeftModel:
+def _kept(folder: Path) -> PeftModel:
+    return _loaded(folder)
+
+
+def _loaded(folder: Path) -> PeftModel:
     about = json.loads((folder / "work.json").read_text("utf-8"))
-    torch.set_num_threads(1)  # workers are as many as threads
+    torch.set_num_threads(about["threads"])
     model = load_model(Path(about["model"]), "float32")
     return with_adapter(model, about["rank"], about["alpha"], about["targets"])
