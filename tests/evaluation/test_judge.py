@@ -11,10 +11,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
+from pomona.artifacts.finished import FinishedRun
+from pomona.artifacts.judgements import read_judgements
 from pomona.artifacts.origin import origin_of
 from pomona.artifacts.personal import PersonalModel
 from pomona.artifacts.publish import publish_client
-from pomona.artifacts.sections.judged import judged, read_judgements
+from pomona.artifacts.sections.judged import judged
 from pomona.cli.app import main
 from pomona.data.prompts import read_prompts
 from pomona.data.templates import Alpaca
@@ -379,8 +381,10 @@ def test_a_client_is_judged_with_all_its_parts(monkeypatch, moe_dir, tmp_path, c
     assert "personal" not in replies["base"]
     said = {name: [each["answer"] for each in own["answers"]] for name, own in replies.items()}
     assert said["pears"] != said["base"]
-    told = judged(read_judgements([tmp_path / "base.json", tmp_path / "pears.json"]), ["pears"])
-    assert "pears.json" in told and "base.json" not in told
+    files = read_judgements([tmp_path / "base.json", tmp_path / "pears.json"])
+    assert [file.client for file in files] == [None, "pears"]
+    assert "pears.json" in judged(files, clients=["pears"])
+    assert judged(files, clients=["plums"]) == "", "the base alone tells nothing of a client"
 
 
 def judgement(path, scores, **parts):
@@ -390,12 +394,22 @@ def judgement(path, scores, **parts):
         for i, s in enumerate(scores)
     ]
     given = [s for s in scores if s is not None]
-    mean = sum(given) / len(given)
-    interval = {"mean": mean, "low": mean, "high": mean}
+    mean = sum(given) / len(given) if given else None
+    interval = {"mean": mean, "low": mean, "high": mean} if given else None
     told = {"model": "m", "judge": "j", "url": "u", "answers": answers, **parts}
     told |= {"scores": {"helpfulness": interval}, "unparsable": {"helpfulness": scores.count(None)}}
     path.write_text(json.dumps(told))
     return path
+
+
+def side_by_side(files, *given, **named):
+    """The rows of who answered by criterion, and those of differences, as the page has them."""
+    told = judged(read_judgements(files), *given, **named).replace("</tr>", "\n")
+    rows = [
+        x.split("|") for x in re.sub(r"<[^>]+>", "", re.sub(r"</t[dh]>", "|", told)).splitlines()
+    ]
+    own = {row[0]: row[1:-1] for row in rows if row[1:2] == ["helpfulness"] and len(row) == 9}
+    return own, {row[0].rpartition(",")[0]: row[1:-1] for row in rows if " − " in row[0]}
 
 
 def test_clients_of_a_run_stand_together_and_runs_are_paired_by_prompt(tmp_path):
@@ -407,17 +421,50 @@ def test_clients_of_a_run_stand_together_and_runs_are_paired_by_prompt(tmp_path)
         ),
         judgement(tmp_path / "b.json", [3, 4, 9, 6], adapter="r/shared", graft="r/clients/b/graft"),
         judgement(tmp_path / "c.json", [9, 9, 9, 9], graft="s/clients/a/graft", judge="another"),
+        judgement(tmp_path / "d.json", [8, 8, 8, 8], adapter="t/clients/a/adapter"),
     ]
-    told = re.sub(r"</t[dh]>", "|", judged(read_judgements(files)).replace("</tr>", "\n"))
-    rows = [line.split("|") for line in re.sub(r"<[^>]+>", "", told).splitlines()]
-    own = {row[0]: row[1:] for row in rows if row[1:2] == ["helpfulness"] and len(row) > 8}
+    own, apart = side_by_side(files)
     assert own["r"][1:4] == ["j", "2", "5.33"], "prompts 0, 1 and 3: means 4, 5 and 7"
     assert own["r"][5:7] == ["5.50", "3"], "b over all that it was scored on"
     assert own["m"][1:4] == ["j", "–", "2.50"]
     assert own["s"][1:4] == ["another", "1", "9.00"]
-    (between,) = [row for row in rows if " − " in row[0]]
-    assert between[:2] == ["m − r, helpfulness", "-3.00"], "another judge is not compared with"
-    assert between[2] == "-3.00 to -3.00"
+    assert set(apart) == {"m − r", "m − t"}, "neither another judge nor other clients"
+    assert apart["m − r"][:2] == ["-3.00", "-3.00 to -3.00"]
+
+
+def test_a_client_without_any_score_is_left_out(tmp_path):
+    files = [
+        judgement(tmp_path / "a.json", [2, 4], graft="r/clients/a/graft"),
+        judgement(tmp_path / "b.json", [None, None], graft="r/clients/b/graft"),
+    ]
+    own, _ = side_by_side(files)
+    assert own["r"][2:4] == ["1", "3.00"]
+    assert own["r"][5:] == ["–", "2"]
+
+
+def test_judged_parts_of_a_reported_run_are_its_method(tmp_path):
+    """Seeds stand together, the run's model is the base, and differences are from the baseline."""
+
+    def run(name, method, seed):
+        return FinishedRun(tmp_path / name, method, seed, {}, {}, (), (), 'model = "m"', {})
+
+    runs = [run("f0", "flex", 0), run("f1", "flex", 1), run("l0", "alone", 0)]
+    parts = {"adapter": f"{tmp_path}/f0/shared", "graft": f"{tmp_path}/f0/clients/a/graft"}
+    files = [
+        judgement(tmp_path / "f0.json", [5, 7], **parts),
+        judgement(tmp_path / "f1.json", [7, 9], graft=f"{tmp_path}/f1/clients/a/graft"),
+        judgement(tmp_path / "l0.json", [3, 4], adapter=f"{tmp_path}/l0/clients/a/adapter"),
+        judgement(tmp_path / "s0.json", [2, 2], adapter=f"{tmp_path}/f0/shared"),
+        judgement(tmp_path / "m.json", [1, 1]),
+    ]
+    own, apart = side_by_side(files, runs, "alone")
+    assert set(own) == {"flex", "alone", "flex, shared", "base"}
+    assert own["flex"][2:4] == ["1", "7.00"]
+    assert {name: cells[0] for name, cells in apart.items()} == {
+        "flex − alone": "+3.50",
+        "flex, shared − alone": "-1.50",
+        "base − alone": "-2.50",
+    }
 
 
 def test_a_report_names_a_file_that_is_no_judgement(tmp_path):

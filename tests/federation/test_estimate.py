@@ -38,7 +38,7 @@ from pomona.federation.outline import id_of, outlined_step
 from pomona.federation.rehearsal import Rehearsal
 from pomona.federation.settings import Finish
 from pomona.federation.shared_expert import SharedGraft
-from pomona.federation.strategies import STRATEGIES, FlexLoRA, FLoRA
+from pomona.federation.strategies import STRATEGIES, FFALoRA, FlexLoRA, FLoRA
 from pomona.federation.update import ClientState, stack
 from pomona.models.experts import enable_checkpointing, find_expert_sites, freeze
 from pomona.models.loading import load_model, outline_model
@@ -104,6 +104,20 @@ def test_whoever_takes_part_messages_and_flops_are_those_of_a_run(quick, tmp_pat
     cost = results["cost"]
     assert told.everything == cost["bytes"]
     assert told.flops == pytest.approx(cost["flops_per_token"], rel=1e-12)
+
+
+def test_a_federation_that_is_over_sends_all_that_is_shared_once(quick, tmp_path):
+    """What it froze as well: nobody here has drawn it."""
+    made = replace(quick, strategy=FFALoRA())
+    _, lines = ran(made, tmp_path / "first")
+    warm = tmp_path / "first/shared"
+    finish = Finish(rounds=2, training=made.local)
+    over = replace(made, rounds=0, warm_start=warm, finish=finish)
+    told = preview(over, 1.0).traffic
+    _, (line,) = ran(over, tmp_path / "over")
+    assert told.sent == line["sent_bytes"] == sum(line["sent"].values())
+    assert line["sent"]["pears"] > lines[0]["sent"]["pears"]
+    assert line["received_bytes"] == told.received == 0
 
 
 def test_parameters_are_those_of_the_files(quick, tmp_path, moe_dir):

@@ -51,6 +51,11 @@ class FinishedRun:
         return "personal" if self.results["personal"] is not None else "shared"
 
     @property
+    def model(self) -> str:
+        """The model that was federated, as the recipe names it."""
+        return tomllib.loads(self.recipe)["model"]
+
+    @property
     def newcomers(self) -> list[str]:
         """The clients that took part in no round: everybody where there was none."""
         recipe = tomllib.loads(self.recipe)
@@ -71,9 +76,9 @@ class FinishedRun:
             both = {"sent_bytes": sum(sent.values()), "received_bytes": sum(received.values())}
             return {**line, **both, "sent": sent, "received": received}
 
-        measures, sent = (
-            [m for m in self.metrics if (m["model"] == "communication") == is_message]
-            for is_message in (False, True)
+        measured, communicated = (
+            [m for m in self.metrics if (m["model"] == "communication") == sent]
+            for sent in (False, True)
         )
         answers, results = own(self.answers), dict(self.results)
         results |= {
@@ -84,7 +89,7 @@ class FinishedRun:
             self,
             answers=answers,
             results={**results, "routing": self._routing_of(clients)},
-            metrics=[*own(measures), *(m for m in map(messages, sent) if m["sent"])],
+            metrics=[*own(measured), *(m for m in map(messages, communicated) if m["sent"])],
             speed=self.speed if self.speed and self.speed.client in clients else None,
             forgetting=own(self.forgetting),
             tasks=own(self.tasks),
@@ -160,9 +165,9 @@ def _with_match(answer: dict[str, Any]) -> dict[str, Any]:
 
 def _check_comparable(a: FinishedRun, b: FinishedRun) -> None:
     ours, theirs = tomllib.loads(a.recipe), tomllib.loads(b.recipe)
-    if ours["model"] != theirs["model"]:
+    if a.model != b.model:
         raise PomonaError(
-            f"{a.path} and {b.path} are of different models ({ours['model']}, {theirs['model']}); "
+            f"{a.path} and {b.path} are of different models ({a.model}, {b.model}); "
             "compare runs of one model"
         )
     if a.method != b.method:

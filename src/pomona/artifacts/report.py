@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pomona
 from pomona.artifacts.finished import FinishedRun, load_runs
+from pomona.artifacts.judgements import JudgedFile, read_judgements
 from pomona.artifacts.page import document, heading, note, text
 from pomona.artifacts.sections.answers import answers, summary
 from pomona.artifacts.sections.convergence import convergence
@@ -13,7 +14,7 @@ from pomona.artifacts.sections.cost import cost
 from pomona.artifacts.sections.experts import experts
 from pomona.artifacts.sections.forgetting import forgetting
 from pomona.artifacts.sections.holdings import holdings
-from pomona.artifacts.sections.judged import Judgement, judged, read_judgements
+from pomona.artifacts.sections.judged import judged
 from pomona.artifacts.sections.newcomers import newcomers
 from pomona.artifacts.sections.privacy import privacy
 from pomona.artifacts.sections.tasks import tasks
@@ -43,7 +44,7 @@ def write_report(
 
 
 def page(
-    runs: Sequence[FinishedRun], baseline: str | None = None, judgements: Sequence[Judgement] = ()
+    runs: Sequence[FinishedRun], baseline: str | None = None, judgements: Sequence[JudgedFile] = ()
 ) -> str:
     """Return the page's HTML."""
     sections = [
@@ -55,7 +56,7 @@ def page(
         forgetting(runs, baseline),
         newcomers(runs, baseline, judgements),
         tasks(runs, baseline),
-        judged(judgements),
+        judged(judgements, runs, baseline),
         cost(runs),
         privacy(runs),
         _origin(runs),

@@ -51,35 +51,35 @@ def drift_by_round(runs: Sequence[FinishedRun]) -> dict[int, NDArray[np.float64]
 def entropy_by_round(runs: Sequence[FinishedRun]) -> dict[int, NDArray[np.float64]]:
     """Return the entropy of the served model's expert load per layer [L], by round, the mean over seeds.
 
-    The load is that of all clients together; empty where routing was not recorded.
+    Round 0 is the base. The load is that of all clients together; empty where routing was not recorded.
     """
     found: dict[int, list[NDArray[np.float64]]] = {}
     for run in runs:
         rounds: dict[int, list[torch.Tensor]] = {}
-        for line in _lines(run, run.served) if experts_of(run) else ():
+        experts = _experts_of(run)
+        for line in (*_lines(run, "base"), *_lines(run, run.served)) if experts else ():
             if "counts" in line:
                 rounds.setdefault(line["round"], []).append(_counts(line))
         for round_, counts in rounds.items():
-            load = expert_load(torch.stack(counts).sum(0), experts_of(run))
+            load = expert_load(torch.stack(counts).sum(0), experts)
             found.setdefault(round_, []).append(load.entropy_L.numpy())
     return {round_: np.mean(every, axis=0) for round_, every in sorted(found.items())}
 
 
 def load_by_client(run: FinishedRun, model: str) -> dict[str, ExpertLoad]:
     """Return what the experts were given of every client's test rows when they were last measured."""
-    last = {line["client"]: line for line in _lines(run, model) if "counts" in line}
-    experts = experts_of(run)
-    return {name: expert_load(_counts(line), experts) for name, line in last.items() if experts}
+    experts = _experts_of(run)
+    last = _last_counts(run, model) if experts else {}
+    return {name: expert_load(counts_LE, experts) for name, counts_LE in last.items()}
 
 
 def drift_by_client(runs: Sequence[FinishedRun]) -> dict[str, NDArray[np.float64]]:
     """Return every client's last drift of expert load from the base's per layer [L], the mean over seeds."""
     found: dict[str, list[NDArray[np.float64]]] = {}
     for run in runs:
-        base, last = (load_by_client(run, model) for model in ("base", run.served))
+        base, last = (_last_counts(run, model) for model in ("base", run.served))
         for name in base.keys() & last.keys():
-            apart_L = (last[name].share_LE - base[name].share_LE).abs().sum(1) / 2
-            found.setdefault(name, []).append(apart_L.numpy())
+            found.setdefault(name, []).append(load_drift(last[name], base[name]).numpy())
     return {
         name: np.mean(found[name], axis=0)
         for name in runs[0].results["base"]["clients"]
@@ -87,7 +87,11 @@ def drift_by_client(runs: Sequence[FinishedRun]) -> dict[str, NDArray[np.float64
     }
 
 
-def experts_of(run: FinishedRun) -> list[int]:
+def _last_counts(run: FinishedRun, model: str) -> dict[str, torch.Tensor]:
+    return {line["client"]: _counts(line) for line in _lines(run, model) if "counts" in line}
+
+
+def _experts_of(run: FinishedRun) -> list[int]:
     """Return the number of experts of every MoE layer; empty where routing was not recorded."""
     return next(
         (own["experts"] for own in run.results["routing"].values() if own.get("experts")), []

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import asdict
 from difflib import get_close_matches
+from hashlib import sha256
 from importlib.resources import files
 from io import StringIO
 from pathlib import Path
@@ -207,7 +208,8 @@ def _figures(found: Mapping[str, Any]) -> dict[str, TaskFigures]:
     sizes, members = found["n-samples"], found.get("group_subtasks", {})
     figures: dict[str, TaskFigures] = {}
     for name, own in {**found.get("groups", {}), **found["results"]}.items():
-        counted = members.get(name) or [name]
+        counted = _leaves(name, members)
+        samples = [sample for task in counted for sample in found["samples"].get(task, ())]
         metrics: dict[str, float] = {}
         errors: dict[str, float | None] = {}
         scores: dict[str, list[float]] = {}
@@ -219,14 +221,25 @@ def _figures(found: Mapping[str, Any]) -> dict[str, TaskFigures]:
             error = own.get(f"{metric}_stderr,{kind}")
             metrics[label] = float(value)
             errors[label] = float(error) if isinstance(error, (int, float)) else None
-            every = [
-                s for task in counted for s in _scores(found["samples"].get(task, ()), metric, kind)
-            ]
+            every = _scores(samples, metric, kind)
             if every and math.isclose(math.fsum(every) / len(every), value, abs_tol=1e-9):
                 scores[label] = every
         questions = sum(sizes[task]["effective"] for task in counted if task in sizes)
-        figures[name] = TaskFigures(metrics, errors, questions, found["n-shot"].get(name), scores)
+        figures[name] = TaskFigures(
+            metrics, errors, questions, found["n-shot"].get(name), scores, _asked(samples)
+        )
     return figures
+
+
+def _leaves(name: str, members: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the tasks of a group, those of its groups too; of a task itself."""
+    below = [task for task in members.get(name, ()) if task != name]
+    return [leaf for task in below for leaf in _leaves(task, members)] if below else [name]
+
+
+def _asked(samples: Sequence[Mapping[str, Any]]) -> str:
+    """Return the digest of all prompts: examples, wording and questions, in their order."""
+    return sha256("".join(sample["prompt_hash"] for sample in samples).encode()).hexdigest()
 
 
 def _scores(samples: Sequence[Mapping[str, Any]], metric: str, kind: str) -> list[float]:

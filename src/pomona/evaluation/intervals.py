@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+_AT_ONCE = 2**22
+"""Rows that are drawn at a time: what is asked of thousands of rows need not be in memory whole."""
+
 Ratio = tuple[NDArray[np.float64], NDArray[np.float64]]
 Transform = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
@@ -74,9 +77,11 @@ def _draws(
     generator = np.random.default_rng(seed)
     total = np.zeros(draws)
     for top, bottom in clients:
-        chosen = generator.integers(len(top), size=(draws, len(top)))
-        ratio = top[chosen].sum(1) / bottom[chosen].sum(1)
-        total += ratio if transform is None else transform(ratio)
+        for start in range(0, draws, block := max(1, _AT_ONCE // len(top))):
+            some = slice(start, min(start + block, draws))
+            chosen = generator.integers(len(top), size=(some.stop - start, len(top)))
+            ratio = top[chosen].sum(1) / bottom[chosen].sum(1)
+            total[some] += ratio if transform is None else transform(ratio)
     return total / len(clients)
 
 

@@ -1,6 +1,6 @@
 """What a federation would cost, told without a weight of the model and without a file."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from pomona.evaluation.work import matmul_speed
 from pomona.federate.first_adapter import dealt
 from pomona.federate.prepare import POOLED, frozen_base
-from pomona.federate.rounds import sent_to_clients
+from pomona.federate.rounds import sent_to_clients, sent_to_newcomers
 from pomona.federation.clients import ClientRows
 from pomona.federation.cohort import FrozenBase
 from pomona.federation.estimate import (
@@ -34,19 +34,27 @@ from pomona.models.weights import serialized_bytes
 
 @dataclass(frozen=True)
 class _Messages:
-    """What travels of the adapter every round, and a client's whole state; stand-ins of the right shapes."""
+    """What travels of the adapter every round, what a newcomer is sent, and a client's whole state.
+
+    Stand-ins of the right shapes.
+    """
 
     down: Mapping[str, Tensor]
     up: Mapping[str, Tensor]
+    once: Mapping[str, Tensor]
     state: ClientState
 
 
 @dataclass(frozen=True)
 class _Schedule:
-    """What all rounds come to: messages by client, rows and number of all steps, clients in one batch."""
+    """What all rounds come to: messages by client, rows and number of all steps, clients in one batch.
+
+    `new` are those who are in no round and train when it is over.
+    """
 
     sent: Mapping[str, int]
     answered: Mapping[str, int]
+    new: Sequence[str]
     rows: int
     steps: int
     cohort: int
@@ -147,7 +155,8 @@ def _messages(settings: FederateSettings, base: FrozenBase) -> _Messages:
         up |= strategy.report(state.memory, up)[1]
     if up and isinstance(strategy, Hears):
         up["loss"] = torch.zeros(())
-    return _Messages(sent_to_clients(strategy, server), up, state)
+    once = sent_to_newcomers(settings, server)
+    return _Messages(sent_to_clients(strategy, server), up, once, state)
 
 
 def _zeros(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -172,7 +181,8 @@ def _schedule(settings: FederateSettings, trainers: Mapping[str, int]) -> _Sched
         rows += finish.rounds * sum(_rows_of(finish.training, count) for count in own)
         steps += finish.rounds * sum(finish.training.steps_of(count) for count in own)
         cohort = max(cohort, min(len(own), settings.least_cohort))
-    return _Schedule(sent, answered, rows, steps, cohort)
+    new = [name for name in trainers if settings.is_new(name) and settings.finishes(name)]
+    return _Schedule(sent, answered, new, rows, steps, cohort)
 
 
 def _rehearsed(settings: FederateSettings, steps: int) -> int:
@@ -199,7 +209,8 @@ def _traffic(settings: FederateSettings, messages: _Messages, schedule: _Schedul
     return Traffic(
         max(down.values()),
         max(up.values()),
-        sum(down[name] * times for name, times in schedule.sent.items()),
+        sum(down[name] * times for name, times in schedule.sent.items())
+        + sum(size(messages.once, name) for name in schedule.new),
         sum(up[name] * times for name, times in schedule.answered.items()),
     )
 

@@ -17,7 +17,7 @@ from pomona.federation.dp_sgd import row_epsilon, steps_of
 from pomona.federation.local import LocalTraining, Trained, train_cohort
 from pomona.federation.measure import communication
 from pomona.federation.privacy import epsilon, noise_key, protect
-from pomona.federation.settings import Finish
+from pomona.federation.settings import FederateSettings, Finish
 from pomona.federation.stage import Task
 from pomona.federation.strategies import (
     Corrects,
@@ -76,7 +76,7 @@ def finishing_round(federation: Federation, snapshot: Snapshot, round_: int) -> 
         private[name] = split(trained.state, strategy.shares, frozen_part(strategy))[1]
         metrics.append(_training_line(round_, name, trained))
     if round_ == settings.rounds + 1:
-        metrics += _sent_to_newcomers(federation, snapshot.server, names, round_)
+        metrics += _communication_of_newcomers(federation, snapshot.server, names, round_)
     metrics += _spent_on_rows(federation, finish.training, private, round_)
     return _committed(federation, snapshot, round_, snapshot.server, private, metrics, began)
 
@@ -152,14 +152,23 @@ def sent_to_clients(strategy: Strategy, server: ServerState) -> dict[str, Tensor
     return {**changed, **memory}
 
 
-def _sent_to_newcomers(
+def sent_to_newcomers(settings: FederateSettings, server: ServerState) -> dict[str, Tensor]:
+    """Return what goes once to everybody who is in no round: what is shared.
+
+    In a federation that is over (`rounds` 0) that is all of it, since nothing of it was drawn here.
+    """
+    if settings.only_finishes:
+        return dict(server.shared)
+    return sent_to_clients(settings.strategy, replace(server, memory={}))
+
+
+def _communication_of_newcomers(
     federation: Federation, server: ServerState, names: Sequence[str], round_: int
 ) -> list[dict[str, Any]]:
-    """Return the line of what those are sent who were in no round: the shared part, once."""
+    shared = sent_to_newcomers(federation.settings, server)
     new = [name for name in names if federation.settings.is_new(name)]
-    shared = sent_to_clients(federation.settings.strategy, replace(server, memory={}))
     messages = {name: federation.sends(name, shared) for name in new}
-    return [communication(round_, messages, [])] if new and shared else []
+    return [communication(round_, messages, [])] if new else []
 
 
 def _protect(

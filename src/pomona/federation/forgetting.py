@@ -76,8 +76,8 @@ def task_lines(
     """Yield every metric of every task under every client's model, as the harness has it.
 
     `tasks` is what `harness.prepare_tasks` returned. `error` is the standard error, None where a metric has
-    none, `scores` what each question was given where the value is their mean, and `cut` how many requests of
-    all tasks were longer than the context and lost their beginning.
+    none, `scores` what each question was given where the value is their mean, `asked` the digest of all
+    prompts, and `cut` how many requests of all tasks were longer than the context and lost their beginning.
     """
     run_tasks = installed_harness().run_tasks
     for client, state in models.each():
@@ -95,6 +95,7 @@ def task_lines(
                     "questions": own.questions,
                     "fewshot": own.fewshot,
                     "scores": own.scores.get(metric, ()),
+                    "asked": own.asked,
                     "cut": found.cut,
                     "harness": found.harness,
                 }

@@ -47,7 +47,7 @@ def _measure(runs: Sequence[FinishedRun], measure: str, baseline: str | None) ->
                 "Intervals: bootstrap over test rows, clients kept apart; Student's over three or "
                 "more seeds."
             ),
-            _models(runs, measure),
+            _shared(runs, measure),
             _differences(differences(runs, measure, baseline), how.digits, baseline),
             _plot(lines, how),
         )
@@ -80,21 +80,17 @@ def _lines(lines: Sequence[Line], digits: int) -> str:
     return table([*header, "seeds"], body)
 
 
-def _models(runs: Sequence[FinishedRun], measure: str) -> str:
-    """Return the base, the shared and the personal model of every method side by side."""
-    digits = MEASURES[measure].digits
-    body: list[list[str]] = []
-    for method, group in methods_of(runs).items():
-        lines = [
-            line_of(method, group, model, measure) if group[0].results[model] else None
-            for model in ("base", "shared", "personal")
-        ]
-        means = [number(line.mean.mean if line else None, digits) for line in lines]
-        worst = [number(line.worst if line else None, digits) for line in lines]
-        body.append([method, *(cell for pair in zip(means, worst, strict=True) for cell in pair)])
-    models = ("base", "shared", "personal")
-    header = [f"{model}, {what}" for model in models for what in ("mean", "worst")]
-    return table(["method", *header], body)
+def _shared(runs: Sequence[FinishedRun], measure: str) -> str:
+    """Return the shared models of those methods whose clients are served by one of their own."""
+    lines = [
+        line_of(f"{method}, shared", group, "shared", measure)
+        for method, group in methods_of(runs).items()
+        if group[0].served == "personal" and group[0].results["shared"]
+    ]
+    if not lines:
+        return ""
+    told = "The shared model alone, as it would serve each client."
+    return note(told) + _lines(lines, MEASURES[measure].digits)
 
 
 def _differences(found: Sequence[Difference], digits: int, baseline: str | None) -> str:

@@ -21,15 +21,15 @@ def _communication(runs: Sequence[FinishedRun]) -> str:
     body: list[list[str]] = []
     for run in runs:
         lines = _lines(run)
-        sent, received = (sum(m[f"{way}_bytes"] for m in lines) for way in ("sent", "received"))
+        ways = ("sent", "received")
+        both = (sum(m[f"{way}_bytes"] for m in lines) if lines else None for way in ways)
         each = _per_client_and_round(run, lines)
         body.append(
             [
                 run.method,
                 str(run.seed),
-                _megabytes(sent),
-                _megabytes(received),
-                "–" if each is None else _megabytes(each),
+                *map(_megabytes, both),
+                _megabytes(each),
                 *_ratios(run, each),
             ]
         )
@@ -70,25 +70,35 @@ def _per_client(runs: Sequence[FinishedRun]) -> str:
     counted = [run for run in runs if any("sent" in m for m in _lines(run))]
     if not counted:
         return ""
-    clients = list(counted[0].results["base"]["clients"])
+    clients = list(dict.fromkeys(name for run in counted for name in _named(run)))
     body = [
-        [
-            f"{run.method}, {told}",
-            *(_megabytes(sum(m[way].get(c, 0) for m in _lines(run))) for c in clients),
-        ]
+        [f"{run.method}, {way}", *(_megabytes(_total(run, way, name)) for name in clients)]
         for run in counted
-        for way, told in (("sent", "sent"), ("received", "received"))
+        for way in ("sent", "received")
     ]
     told = "MB of all rounds, the first seed of each method. From metrics.jsonl."
     parts = [table(["to and from", *clients], body), note(told)]
-    return "".join([*parts, *(_by_round(run, clients) for run in counted)])
+    return "".join([*parts, *map(_by_round, counted)])
 
 
-def _by_round(run: FinishedRun, clients: Sequence[str]) -> str:
+def _named(run: FinishedRun) -> list[str]:
+    """Return everybody who was sent anything: the clients in their order, or who trains for them (pooled)."""
+    told = dict.fromkeys(name for m in _lines(run) for name in m.get("sent", ()))
+    clients = [name for name in run.results["base"]["clients"] if name in told]
+    return clients or list(told)
+
+
+def _total(run: FinishedRun, way: str, client: str) -> float | None:
+    own = [m[way][client] for m in _lines(run) if client in m.get(way, ())]
+    return sum(own) if own else None
+
+
+def _by_round(run: FinishedRun) -> str:
     """Draw how much went to and from every client in each round; nothing where nothing was sent."""
     lines = [m for m in _lines(run) if "sent" in m]
     if not any(m["sent_bytes"] or m["received_bytes"] for m in lines):
         return ""
+    clients = _named(run)
     messages = {
         told: [[m[way].get(c, np.nan) / 1000 for m in lines] for c in clients]
         for way, told in (("sent", "sent to the client"), ("received", "received from it"))
@@ -128,9 +138,9 @@ def _speed(runs: Sequence[FinishedRun]) -> str:
     for run, file in timed:
         for name, speed in file.speeds.items():
             who = "base" if name == "base" else file.client
-            figures = (speed.prefill, speed.decode, 1000 / speed.decode)
+            rates = (speed.prefill, speed.decode, 1000 / speed.decode)
             size = [str(speed.prompt), str(speed.new_tokens)]
-            body.append([run.method, str(run.seed), who, *(number(f, 1) for f in figures), *size])
+            body.append([run.method, str(run.seed), who, *(number(r, 1) for r in rates), *size])
     if not body:
         return ""
     header = ["method", "seed", "model", "prompt tokens/s", "new tokens/s", "ms per new token"]
@@ -146,5 +156,5 @@ def _lines(run: FinishedRun) -> list[Any]:
     return [m for m in run.metrics if m["model"] == "communication"]
 
 
-def _megabytes(size: float) -> str:
-    return f"{size / 1e6:.4g}"
+def _megabytes(size: float | None) -> str:
+    return "–" if size is None else f"{size / 1e6:.4g}"

@@ -41,7 +41,8 @@ def experts(runs: Sequence[FinishedRun]) -> str:
         plot = curves.layers_by_round(entropy, "entropy of expert load / log E")
         told = (
             "How even the expert load of the model a client is served by is, all clients' rows together, mean "
-            "over seeds; lines as above. From metrics.jsonl."
+            "over seeds; round 0 is the base. Thin: each MoE layer, the first dark. Thick: their mean. From "
+            "metrics.jsonl."
         )
         parts.append(figure(plot, told))
     parts += [_load(group[0], "base") for group in list(groups.values())[:1]]

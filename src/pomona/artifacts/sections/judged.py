@@ -1,12 +1,13 @@
 """What a judge said: scores of open-ended answers, from files of `pomona judge --json`."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 
+from pomona.artifacts.finished import FinishedRun
+from pomona.artifacts.judgements import JudgedFile, Scores
 from pomona.artifacts.page import heading, note, number, span, table
 from pomona.artifacts.sections.paired import paired
 from pomona.evaluation.intervals import (
@@ -16,128 +17,110 @@ from pomona.evaluation.intervals import (
     paired_bootstrap,
     ratio_bootstrap,
 )
-from pomona.files import read_as
-
-Scores = dict[str, float]
-"""The score of every prompt that was given one."""
 
 
-@dataclass(frozen=True)
-class _Answer:
-    prompt: str
-    scores: dict[str, int | None]
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """What one method, or one model, was judged on by one judge: files of its clients and seeds."""
 
-
-@dataclass(frozen=True)
-class _File:
-    model: str
+    name: str
     judge: str
-    scores: dict[str, Interval | None]
-    unparsable: dict[str, int]
-    adapter: str | None = None
-    graft: str | None = None
-    personal: str | None = None
-    answers: list[_Answer] = field(default_factory=list[_Answer])
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """A file of `pomona judge --json`: who answered, and what the judge gave each answer."""
-
-    path: Path
-    file: _File = field(repr=False)
+    files: Sequence[JudgedFile]
 
     @property
-    def worn(self) -> str:
-        """What answered: the model and the parts of a client."""
-        file = self.file
-        return " + ".join(p for p in (file.model, file.adapter, file.graft, file.personal) if p)
+    def clients(self) -> set[str]:
+        """The clients that answered; none where one model serves all."""
+        return {file.client for file in self.files if file.client}
 
-    @property
-    def place(self) -> tuple[str, str | None]:
-        """The run whose client answered and the client's name; what answered, and None, without a client."""
-        for part in (self.file.graft, self.file.personal, self.file.adapter):
-            folders = Path(part or "").parts
-            if folders[-3:-2] == ("clients",):  # RUN/clients/NAME/graft, as a run publishes it
-                return str(Path(*folders[:-3])), folders[-2]
-        return self.worn, None
-
-    def of(self, criterion: str) -> Scores:
-        """Return the score of every prompt that was given one."""
-        given = ((a.prompt, a.scores.get(criterion)) for a in self.file.answers)
-        return {prompt: float(score) for prompt, score in given if score is not None}
+    def comparable(self, other: "_Group") -> bool:
+        """Whether the same judge heard the same clients, or a model that serves all."""
+        clients = self.clients, other.clients
+        return self.judge == other.judge and (not all(clients) or clients[0] == clients[1])
 
 
-def read_judgements(paths: Sequence[Path]) -> list[Judgement]:
-    """Read files of a judge; raises `PomonaError` naming one that is none."""
-    return [Judgement(path, read_as(path, _File)) for path in paths]
+def judged(
+    files: Sequence[JudgedFile],
+    runs: Sequence[FinishedRun] = (),
+    baseline: str | None = None,
+    clients: Collection[str] | None = None,
+) -> str:
+    """Return a row per file and criterion, then methods of the runs and models side by side.
 
-
-def judged(judgements: Sequence[Judgement], clients: Collection[str] | None = None) -> str:
-    """Return a row per file and criterion, then clients of a run together, and who is scored better.
-
-    With `clients`, only what these have answered.
+    With `clients` only what these have answered, and what serves all; nothing if none of them has.
     """
-    shown = [j for j in judgements if clients is None or j.place[1] in clients]
-    if not shown:
+    shown = [j for j in files if clients is None or j.client is None or j.client in clients]
+    if not shown or (clients is not None and not any(j.client for j in shown)):
         return ""
-    body: list[list[str]] = []
-    for judgement in shown:
-        file = judgement.file
-        for criterion, score in file.scores.items():
-            body.append(
-                [
-                    judgement.worn,
-                    criterion,
-                    *_interval(score),
-                    str(file.unparsable.get(criterion, 0)),
-                    file.judge,
-                    judgement.path.name,
-                ]
-            )
+    body = [
+        [
+            judgement.worn,
+            criterion,
+            *_interval(score),
+            str(judgement.file.unparsable.get(criterion, 0)),
+            judgement.file.judge,
+            judgement.path.name,
+        ]
+        for judgement in shown
+        for criterion, score in judgement.file.scores.items()
+    ]
     header = ["model", "criterion", "mean of 1 to 10", "95 % over prompts", "unparsable", "judge"]
     told = "Bootstrap over prompts. Unparsable: answers the judge gave no score, in no mean."
     parts = [heading("judged answers"), table([*header, "file"], body), note(told)]
-    return "".join([*parts, _together(shown)])
+    return "".join([*parts, _side_by_side(shown, runs, baseline) if len(shown) > 1 else ""])
 
 
-def _together(shown: Sequence[Judgement]) -> str:
-    """Return the clients of a run together, and the differences of what the same judge scored."""
-    if len(shown) < 2:
-        return ""
-    groups: dict[tuple[str, str], list[Judgement]] = {}
-    for judgement in shown:
-        groups.setdefault((judgement.place[0], judgement.file.judge), []).append(judgement)
+def _side_by_side(
+    files: Sequence[JudgedFile], runs: Sequence[FinishedRun], baseline: str | None
+) -> str:
+    """Return the clients of a method together, and the differences of what the same judge scored."""
     body: list[list[str]] = []
     found: list[tuple[str, Comparison]] = []
-    for criterion in dict.fromkeys(name for j in shown for name in j.file.scores):
-        scores = {key: _common([j.of(criterion) for j in group]) for key, group in groups.items()}
-        body += [
-            [key[0], criterion, key[1], *_together_cells(group, criterion, scores[key])]
-            for key, group in groups.items()
-        ]
-        for a, b in combinations(groups, 2):
+    for criterion in dict.fromkeys(name for file in files for name in file.file.scores):
+        scores = {
+            group: _common([file.of(criterion) for file in group.files])
+            for group in _groups(files, runs, criterion)
+        }
+        body += [_row(group, criterion, own) for group, own in scores.items()]
+        for a, b in combinations(scores, 2):
+            if baseline == a.name:
+                a, b = b, a
             both = [prompt for prompt in scores[a] if prompt in scores[b]]
-            if a[1] == b[1] and both:
+            if both and a.comparable(b) and baseline in (None, b.name):
                 compared = paired_bootstrap([_ratio(scores[a], both)], [_ratio(scores[b], both)])
-                found.append((f"{a[0]} − {b[0]}, {criterion}", compared))
+                found.append((f"{a.name} − {b.name}, {criterion}", compared))
     header = ["answered by", "criterion", "judge", "clients", "mean", "95 % over prompts"]
     told = (
-        "The clients of a run together: a prompt's score is their mean, of the prompts that all have a score "
-        "for. Differences: paired bootstrap over the prompts that both have one for; Holm: corrected for all "
-        "rows."
+        "Clients and seeds of a method together: a prompt's score is the mean, of the prompts that all have a "
+        "score for; the worst client's is the mean over its own prompts. Differences: paired bootstrap over "
+        "the prompts that both have one for, of the same clients; Holm: corrected for all rows."
     )
     return table([*header, "worst client", "prompts"], body) + paired(found, 2) + note(told)
 
 
-def _together_cells(group: Sequence[Judgement], criterion: str, scores: Scores) -> list[str]:
+def _groups(
+    files: Sequence[JudgedFile], runs: Sequence[FinishedRun], criterion: str
+) -> list[_Group]:
+    """Return who answered, by judge; a file without any score by this criterion is left out."""
+    found: dict[tuple[str, str], list[JudgedFile]] = {}
+    for file in files:
+        if file.of(criterion):
+            found.setdefault((file.answered_by(runs), file.file.judge), []).append(file)
+    return [_Group(name, judge, tuple(own)) for (name, judge), own in found.items()]
+
+
+def _row(group: _Group, criterion: str, scores: Scores) -> list[str]:
+    own: dict[str | None, list[float]] = {}
+    for file in group.files:
+        own.setdefault(file.client, []).extend(file.of(criterion).values())
+    worst = min(float(np.mean(given)) for given in own.values())
     whole = ratio_bootstrap([_ratio(scores, list(scores))]) if scores else None
-    means = [float(np.mean(list(own.values()))) for j in group if (own := j.of(criterion))]
-    clients = sum(j.place[1] is not None for j in group)
     return [
-        str(clients) if clients else "–",
+        group.name,
+        criterion,
+        group.judge,
+        str(len(group.clients) or "–"),
         *_interval(whole),
-        number(min(means) if clients > 1 and means else None, 2),
+        number(worst if len(group.clients) > 1 else None, 2),
         str(len(scores)),
     ]
 

@@ -3,18 +3,19 @@
 from collections.abc import Sequence
 
 from pomona.artifacts.finished import FinishedRun
+from pomona.artifacts.judgements import JudgedFile
 from pomona.artifacts.page import heading, note
 from pomona.artifacts.sections.answers import answers
 from pomona.artifacts.sections.convergence import convergence
 from pomona.artifacts.sections.cost import cost
 from pomona.artifacts.sections.experts import experts
 from pomona.artifacts.sections.forgetting import forgetting
-from pomona.artifacts.sections.judged import Judgement, judged
+from pomona.artifacts.sections.judged import judged
 from pomona.artifacts.sections.tasks import tasks
 
 
 def newcomers(
-    runs: Sequence[FinishedRun], baseline: str | None, judgements: Sequence[Judgement]
+    runs: Sequence[FinishedRun], baseline: str | None, judgements: Sequence[JudgedFile]
 ) -> str:
     """Return the sections of the clients that are new in any of the runs, every method on them."""
     names = dict.fromkeys(name for run in runs for name in run.newcomers)
@@ -36,7 +37,7 @@ def newcomers(
             experts(own),
             forgetting(own, baseline),
             tasks(own, baseline),
-            judged(judgements, names),
+            judged(judgements, runs, baseline, names),
             cost(own),
         )
     )

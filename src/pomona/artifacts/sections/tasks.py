@@ -69,9 +69,9 @@ def _rows(kinds: Mapping[tuple[str, str], Groups]) -> list[list[str]]:
     found = [
         (kind, method, model, own, None if model == "base" else _compare(own, model, own, "base"))
         for kind, groups in kinds.items()
-        for place, (method, own) in enumerate(groups.items())
-        for model in (("base", "shared", "personal") if place == 0 else ("shared", "personal"))
-        if _of_model(own, model)
+        for method, own in groups.items()
+        for model in ("base", "shared", "personal")
+        if _of_model(own, model) and (model != "base" or method == _first_with_base(groups))
     ]
     corrected = iter(holm([compared.p_value for *_, compared in found if compared]))
     rows: list[list[str]] = []
@@ -86,7 +86,7 @@ def _rows(kinds: Mapping[tuple[str, str], Groups]) -> list[list[str]]:
                 number(value, _DIGITS),
                 number(_mean(lines, "error"), _DIGITS),
                 number(apart, _DIGITS, "+"),
-                *(_surely(compared, next(corrected)) if compared else ["–"] * 3),
+                *(_interval_and_p(compared, next(corrected)) if compared else ["–"] * 3),
                 number(_lowest(lines), _DIGITS),
                 str(lines[0]["questions"]),
             ]
@@ -94,7 +94,12 @@ def _rows(kinds: Mapping[tuple[str, str], Groups]) -> list[list[str]]:
     return rows
 
 
-def _surely(compared: Comparison, corrected: float) -> list[str]:
+def _first_with_base(groups: Groups) -> str | None:
+    """The base is the same beside every method, and shown once."""
+    return next((method for method, own in groups.items() if _of_model(own, "base")), None)
+
+
+def _interval_and_p(compared: Comparison, corrected: float) -> list[str]:
     low, high = compared.difference.low, compared.difference.high
     return [span(low, high, _DIGITS, "+"), number(compared.p_value, 4), number(corrected, 4)]
 
@@ -121,7 +126,8 @@ def _compare(a: Lines, first: str, b: Lines, second: str) -> Comparison | None:
     ours, theirs = (
         _questions(_of_model(lines, model)) for lines, model in ((a, first), (b, second))
     )
-    if ours is None or theirs is None or len(ours[0]) != len(theirs[0]):
+    same = {line.get("asked") for line in (*_of_model(a, first), *_of_model(b, second))}
+    if ours is None or theirs is None or len(same) > 1:
         return None
     return paired_bootstrap([ours], [theirs])
 

@@ -27,7 +27,7 @@ class TaskFigures:
     """A task's metrics with their standard errors (None where it has none), and what they are of.
 
     `fewshot` is None for a group whose members differ. `scores` has what every question was given, in the
-    questions' order, of those metrics that are its mean.
+    questions' order, of those metrics that are its mean; `asked` is the digest of all prompts.
     """
 
     metrics: Mapping[str, float]
@@ -37,6 +37,7 @@ class TaskFigures:
     scores: Mapping[str, Sequence[float]] = field(
         default_factory=dict[str, list[float]], repr=False
     )
+    asked: str = ""
 
 
 @dataclass(frozen=True)
