@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from subjects import material
+from subjects import SUBJECTS, material
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from pomona.data.examples import Example, encode, padding_id
 from pomona.data.rows import read_rows
@@ -23,6 +24,7 @@ from pomona.models.frozen_experts import use_frozen_experts
 from pomona.models.loading import load_model, load_tokenizer
 from pomona.models.lora import LoRA
 from pomona.models.packing import can_pack
+from pomona.models.placement import find_device, moved
 
 RATE, SEED = 1e-3, 0
 LORA = LoRA(rank=8, alpha=16)
@@ -31,14 +33,20 @@ ROWS_OF_A_CLIENT = 32
 
 @dataclass(frozen=True)
 class Work:
-    """A round: whose rows, how many a step, how many steps."""
+    """A round: of which model and where, whose rows, how many a step, how many steps."""
 
     subject: str
+    folder: Path
+    device: torch.device
     rows: int
     tokens: int
     steps: int
     examples: Sequence[Sequence[Example]] = field(repr=False)
     pad_id: int
+
+    def load(self) -> PreTrainedModel:
+        """Return the model, in its subject's type and where it computes."""
+        return moved(load_model(self.folder, SUBJECTS[self.subject].dtype), self.device)
 
     @property
     def training(self) -> LocalTraining:
@@ -65,8 +73,11 @@ class Done:
     losses: Sequence[Sequence[float]]
 
 
-def work_of(subject: str, folder: Path, clients: int, rows: int, tokens: int, steps: int) -> Work:
+def work_of(
+    subject: str, out: Path, clients: int, rows: int, tokens: int, steps: int, device: str = "cpu"
+) -> Work:
     """Deal Dolly's rows, in their order, so that every client has rows of its own."""
+    folder, where = SUBJECTS[subject].make(out), find_device(device)
     tokenizer = load_tokenizer(folder)
     dolly = read_rows(material() / "dolly-15k" / "train.jsonl")
     assert len(dolly) >= clients * ROWS_OF_A_CLIENT
@@ -77,27 +88,27 @@ def work_of(subject: str, folder: Path, clients: int, rows: int, tokens: int, st
         ]
         for c in range(clients)
     ]
-    return Work(subject, rows, tokens, steps, examples, padding_id(tokenizer))
+    return Work(subject, folder, where, rows, tokens, steps, examples, padding_id(tokenizer))
 
 
-def base_of(folder: Path, tokens: int) -> FrozenBase:
-    """Return a model with LoRA to train, ready for rows of so many tokens."""
-    model = load_model(folder, "float32")
+def base_of(work: Work) -> FrozenBase:
+    """Return the model with LoRA to train, ready for the work's rows."""
+    model = work.load()
     freeze(model)
     use_frozen_experts(model)
-    return FrozenBase(model, LORA, packs=can_pack(model, tokens))
+    return FrozenBase(model, LORA, packs=can_pack(model, work.tokens))
 
 
-def trained_round(folder: Path, work: Work) -> Callable[[], Done]:
+def trained_round(work: Work) -> Callable[[], Done]:
     """Return what trains all clients of a round in one cohort."""
-    base = base_of(folder, work.tokens)
+    base = base_of(work)
     replicas, first = replicas_of(base), base.init_adapter(SEED)
     return lambda: trained(replicas, work, first, len(work.examples))
 
 
-def one_batch(folder: Path, work: Work) -> Callable[[], Done]:
+def one_batch(work: Work) -> Callable[[], Done]:
     """Return what trains all clients of a round in one batch: one forward and backward pass a step."""
-    base = base_of(folder, work.tokens)
+    base = base_of(work)
     first = base.init_adapter(SEED)
     return lambda: trained(Replicas((base,)), work, first, len(work.examples))
 

@@ -47,9 +47,9 @@ def main() -> None:
     if options.child:
         print(json.dumps(_run(options, options.child)))
         return
-    model = rootstock(options.out)
+    rootstock(options.out)
     rows = [_in_a_process(options, clients) for clients in options.clients]
-    cohorts = list(_cohorts(model, options.cohorts))
+    cohorts = list(_cohorts(options.out, options.cohorts))
     print_table(
         f"{options.sampled} clients in a round",
         ["clients", "start-up s", "rounds a minute", "MB at start", "after rounds", "at the end"],
@@ -151,11 +151,11 @@ def _files(out: Path, clients: int) -> Path:
     return folder
 
 
-def _cohorts(model: Path, sizes: Sequence[int]) -> Iterator[dict[str, Any]]:
+def _cohorts(out: Path, sizes: Sequence[int]) -> Iterator[dict[str, Any]]:
     """Yield the tokens that C clients of two rows a step train on in a second; the median of five."""
     for size in sizes:
-        work = work_of("rootstock-3m", model, size, rows=2, tokens=LENGTH, steps=1)
-        go = trained_round(model, work)
+        work = work_of("rootstock-3m", out, size, rows=2, tokens=LENGTH, steps=1)
+        go = trained_round(work)
         go()
         seconds = timed({"cohort": go}, repeats=5)["cohort"]
         tokens = sum(len(e.input_ids) for own in work.drawn() for e in own[0])

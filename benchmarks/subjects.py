@@ -1,18 +1,27 @@
 """The models that benchmarks work on: made once in a folder, of the material beside the project."""
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from record import ROOT
-from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerBase,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 
 from pomona.cli.console import progress_bars
 from pomona.data.rows import read_rows
 from pomona.data.texts import read_domains
 from pomona.files import atomic_folder
-from pomona.models.loading import load_tokenizer
+from pomona.models.loading import Dtype, load_tokenizer
+from pomona.models.placement import find_device
 from pomona.reconstruct import ReconstructSettings, reconstruct
 from pomona.reconstruction.retraining import ExpertStage, Retraining
 
@@ -62,10 +71,7 @@ def wide_vocabulary(out: Path) -> Path:
         num_experts_per_tok=2,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
-        **{
-            f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<{which}>")
-            for name, which in ENDS
-        },
+        **_ends(tokenizer),
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -76,8 +82,61 @@ def wide_vocabulary(out: Path) -> Path:
     return folder
 
 
-SUBJECTS = {"rootstock-3m": rootstock, "mixtral-24m": wide_vocabulary}
-"""What makes a subject of the benchmarks of speed in a folder, by name."""
+def qwen_moe(out: Path) -> Path:
+    """Make Qwen1.5-MoE-A2.7B's shapes with random weights in bfloat16: 14.3 billion, 29 GB on disk.
+
+    Its tokenizer is that of `wide_vocabulary`, whose 32,000 pieces are the first of its 151,936.
+    """
+    folder = out / "qwen1.5-moe-a2.7b"
+    if folder.exists():
+        return folder
+    tokenizer = load_tokenizer(wide_vocabulary(out))
+    config = Qwen2MoeConfig(
+        vocab_size=151_936,
+        hidden_size=2048,
+        intermediate_size=5632,
+        moe_intermediate_size=1408,
+        shared_expert_intermediate_size=5632,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        num_experts=60,
+        num_experts_per_tok=4,
+        max_position_embeddings=8192,
+        dtype="bfloat16",
+        **_ends(tokenizer),
+    )
+    with torch.random.fork_rng(), find_device("auto"):
+        torch.manual_seed(0)
+        model = Qwen2MoeForCausalLM._from_config(config, dtype=torch.bfloat16)
+    with atomic_folder(folder) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    return folder
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to work on: what makes it in a folder, and the type it computes in; `large` ones want a GPU."""
+
+    make: Callable[[Path], Path]
+    dtype: Dtype = "float32"
+    large: bool = False
+
+
+SUBJECTS = {
+    "rootstock-3m": Subject(rootstock),
+    "mixtral-24m": Subject(wide_vocabulary),
+    "qwen1.5-moe-a2.7b": Subject(qwen_moe, "bfloat16", large=True),
+}
+"""The subjects of the benchmarks of speed, by name."""
+SMALL = [name for name, subject in SUBJECTS.items() if not subject.large]
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    return {
+        f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<{which}>") for name, which in ENDS
+    }
 
 
 def _tokenizer() -> PreTrainedTokenizerBase:

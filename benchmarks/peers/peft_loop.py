@@ -35,13 +35,14 @@ def train(model: PeftModel, shared: Mapping[str, Tensor], batches: Sequence[Padd
     optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     losses: list[float] = []
     for batch in batches:
-        loss = model(**batch).loss
+        loss = model(**{name: value.to(model.device) for name, value in batch.items()}).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         optimiser.zero_grad()
         losses.append(loss.item())
-    return {n: v.detach().clone() for n, v in get_peft_model_state_dict(model).items()}, losses
+    own = get_peft_model_state_dict(model)
+    return {n: v.detach().float().cpu().clone() for n, v in own.items()}, losses
 
 
 def round_of(
