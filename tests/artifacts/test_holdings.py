@@ -64,6 +64,19 @@ def test_table_and_picture(tmp_path):
     assert {"4", "3", "1"} <= set(words)
 
 
+def test_many_clients_are_a_map_of_the_same_size_with_some_of_their_names():
+    drawn = [
+        holdings_map(
+            holdings_of({f"c{i}": ClientRows([row(i, "a")], [row(i, "b")]) for i in range(count)})
+        )
+        for count in (1000, 2000)
+    ]
+    heights = [re.search(r'height="([^"]+)"', svg)[1] for svg in drawn]
+    assert heights[0] == heights[1]
+    for svg in drawn:
+        assert svg.count(" (1)<") == 40
+
+
 def test_many_categories_are_drawn_together_and_none_is_named():
     rows = [row(i, f"k{i % 30:02d}" if i % 31 else "") for i in range(300)]
     picture = holdings_map(holdings_of({"one": ClientRows(rows, rows[:1])}))

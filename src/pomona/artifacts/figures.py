@@ -32,7 +32,8 @@ mpl.rcParams.update(
 )
 
 
-_MANY = 40  # more rows than a map can name
+MOST_ROWS = 40
+"""A map with more rows is no higher, and names some of them."""
 
 
 def per_client(lines: Sequence[Line], ylabel: str) -> str:
@@ -68,18 +69,18 @@ def heat_map(
     matrix: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], label: str
 ) -> str:
     """A matrix with its values as colours: expert load, gate openness, affinity."""
-    size = (7, 0.8 + 0.32 * min(max(len(rows), 3), _MANY))
+    size = (7, 0.8 + 0.32 * min(max(len(rows), 3), MOST_ROWS))
     figure, axes = plt.subplots(figsize=size, layout="constrained")
     image = axes.imshow(matrix, aspect="auto", cmap="viridis")
     axes.set_xticks(range(len(columns)), columns, rotation=30 if len(columns) > 10 else 0)
-    _name_rows(axes, rows)
+    name_rows(axes, rows)
     figure.colorbar(image, ax=axes, label=label)
     return svg(figure)
 
 
-def _name_rows(axes: Axes, names: Sequence[str]) -> None:
+def name_rows(axes: Axes, names: Sequence[str]) -> None:
     """Name the rows of a map; where they are too many, every second, third or so."""
-    axes.set_yticks(*_thinned(names, _MANY))
+    axes.set_yticks(*_thinned(names, MOST_ROWS))
 
 
 def _thinned(names: Sequence[str], most: int) -> tuple[range, list[str]]:
@@ -92,7 +93,7 @@ def message_map(
     messages: Mapping[str, Sequence[Sequence[float]]], clients: Sequence[str], rounds: Sequence[int]
 ) -> str:
     """Clients by rounds, a panel per way of messages, on one scale from nothing; NaN is no message."""
-    size = (8.0, 1.0 + 0.24 * min(max(len(clients), 3), _MANY))
+    size = (8.0, 1.0 + 0.24 * min(max(len(clients), 3), MOST_ROWS))
     figure, grid = plt.subplots(
         1, len(messages), figsize=size, layout="constrained", squeeze=False, sharey=True
     )
@@ -101,7 +102,7 @@ def message_map(
         image = axes.imshow(matrix, aspect="auto", cmap="viridis", vmin=0, vmax=most)
         axes.set(title=way, xlabel="round")
         axes.set_xticks(*_thinned([str(round_) for round_ in rounds], 10))
-        _name_rows(axes, clients)
+        name_rows(axes, clients)
         if place == 0:
             figure.colorbar(image, ax=grid[0].tolist(), label="kB")
     return svg(figure)
@@ -111,7 +112,7 @@ def expert_load_map(routing: Mapping[str, ExpertLoad]) -> str:
     """Domains or clients by experts, one panel per MoE layer, all of them on one colour scale."""
     domains, layers = list(routing), next(iter(routing.values())).num_experts
     rows = -(-len(layers) // 2)
-    size = (8.0, 0.6 + rows * (0.9 + 0.22 * min(len(domains), _MANY)))
+    size = (8.0, 0.6 + rows * (0.9 + 0.22 * min(len(domains), MOST_ROWS)))
     figure, grid = plt.subplots(rows, 2, figsize=size, layout="constrained", squeeze=False)
     most = max(float(load.share_LE.max()) for load in routing.values())
     for place, axes in enumerate(grid.flat):
@@ -120,7 +121,7 @@ def expert_load_map(routing: Mapping[str, ExpertLoad]) -> str:
             continue
         shares = [load.layer(place) for load in routing.values()]
         image = axes.imshow(shares, aspect="auto", cmap="viridis", vmin=0, vmax=most)
-        _name_rows(axes, domains if place % 2 == 0 else [""] * len(domains))
+        name_rows(axes, domains if place % 2 == 0 else [""] * len(domains))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_title(f"MoE layer {place}", fontsize="medium")
         if place == 0:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 from numpy import ndarray
 
-from pomona.artifacts.figures import svg
+from pomona.artifacts.figures import MOST_ROWS, name_rows, svg
 from pomona.federation.holdings import Holdings
 from pomona.files import write_text
 
@@ -33,10 +33,10 @@ def holdings_map(holdings: Holdings) -> str:
     """Clients by categories as SVG: train rows as colours and, where there is room, as numbers."""
     categories, rows_CK = _drawn(holdings)
     names = [f"{name} ({own.sum():,})" for name, own in zip(holdings.train, rows_CK, strict=True)]
-    size = (8.0, 1.4 + 0.28 * max(len(names), 3))
+    size = (8.0, 1.4 + 0.28 * min(max(len(names), 3), MOST_ROWS))
     figure, axes = plt.subplots(figsize=size, layout="constrained")
     image = axes.imshow(rows_CK, aspect="auto", cmap="Blues", vmin=0)
-    axes.set_yticks(range(len(names)), names)
+    name_rows(axes, names)
     axes.set_xticks(range(len(categories)), categories, rotation=30, ha="right")
     figure.colorbar(image, ax=axes, label="train rows")
     if rows_CK.size <= _MOST_NUMBERS:
