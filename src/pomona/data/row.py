@@ -7,7 +7,7 @@ Turn: TypeAlias = tuple[str, str]
 """Role ("system", "user" or "assistant") and text."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One instruction with its answer; `context` may be empty, `category` is used to deal rows.
 

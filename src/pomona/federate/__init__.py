@@ -46,6 +46,7 @@ def federate(
     if run.finished:
         return run.results()
     federation = paced(prepare(settings, run, rows, progress, tell, holdings, devices), inputs)
+    del rows  # of many clients their text is most of what they take
     write_holdings(run.path, holdings)
     snapshot = run.snapshot(federation.train) or begin(federation)
     last = settings.last_round

@@ -166,10 +166,7 @@ def _said(federation: Federation, models: Models) -> list[list[dict[str, Any]]]:
         said: list[list[dict[str, Any]]] = []
         for start in range(0, len(part.clients), together):
             some = part.part(range(len(part.clients))[start : start + together])
-            rows = [
-                federation.rows[name].test[: min(count, len(federation.test[name]))]
-                for name in some.clients
-            ]
+            rows = [federation.answered[name] for name in some.clients]
             said += answers_of(
                 base,
                 some.states,

@@ -12,6 +12,7 @@ from pomona.artifacts.checkpoint import Snapshot
 from pomona.artifacts.run import RunDirectory
 from pomona.data.encoded import cache_folder, encode_groups
 from pomona.data.examples import Example, padding_id
+from pomona.data.row import Row
 from pomona.data.views import Joined
 from pomona.errors import PomonaError
 from pomona.evaluation.tasks import installed_harness
@@ -46,14 +47,14 @@ POOLED = "everyone"
 
 @dataclass(frozen=True)
 class Federation:
-    """What every stage of one run needs."""
+    """What every stage of one run needs; of the clients' text only the rows that are `answered`."""
 
     settings: FederateSettings
     run: RunDirectory
     replicas: Replicas
     tokenizer: PreTrainedTokenizerBase
     pad_id: int
-    rows: Mapping[str, ClientRows]
+    answered: Mapping[str, Sequence[Row]]
     train: Mapping[str, Sequence[Example]]
     held_back: Mapping[str, Sequence[Example]]
     test: Mapping[str, Sequence[Example]]
@@ -126,7 +127,7 @@ def prepare(
         rehearsed = settings.rehearsal.begin(base.model, first_token(tokenizer), settings.seed)
         base = replace(base, rehearsed=rehearsed)
         progress("sampling what the base says", 1, 1)
-    limit = settings.evaluation.rows or None
+    limit, answers = settings.evaluation.rows or None, settings.evaluation.answers
     trained, tested = (
         encode_groups(which, settings.template, tokenizer, settings.max_length, cache_folder())
         for which in (
@@ -146,7 +147,7 @@ def prepare(
         replicas,
         tokenizer,
         padding_id(tokenizer),
-        rows,
+        {name: rows[name].test[: min(answers, len(own))] for name, own in tested.items()},
         _trainers(settings, train),
         _trainers(settings, held_back),
         tested,
