@@ -8,16 +8,19 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 WORKERS ?= 2
 
-.PHONY: demo test test-slow interop demo-seeds reconstruct federate memory simulate scale roofline reconstruct-speed check format lint types layers clean
+.PHONY: demo test test-slow test-processes interop demo-seeds reconstruct federate memory simulate scale roofline reconstruct-speed check format lint types layers clean
 
 demo: $(STAMP)
 	$(BIN)/pomona demo
 
 test: $(STAMP)
-	$(BIN)/pytest -n $(WORKERS) --dist loadscope -m "not slow and not interop" $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist loadscope -m "not slow and not processes and not interop" $(PYTEST_ARGS)
 
 test-slow: $(STAMP)
 	$(BIN)/pytest -m slow $(PYTEST_ARGS)
+
+test-processes: $(STAMP)
+	$(BIN)/pytest -m processes tests/flower $(PYTEST_ARGS)
 
 interop: $(STAMP)
 	$(BIN)/python scripts/fetch_llama_cpp.py

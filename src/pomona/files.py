@@ -171,6 +171,32 @@ def damaged(path: Path, reason: Exception | str) -> PomonaError:
     return PomonaError(f"{path} is damaged or cut off ({told}); copy or download it again")
 
 
+def check_name(name: str) -> None:
+    """Raise `PomonaError` for a client's name that cannot be a folder in the run directory."""
+    if not name.strip() or name.startswith(".") or any(c in '/\\\0:*?"<>|' for c in name):
+        raise PomonaError(
+            f'client name "{name}" cannot be a folder name; use letters, digits, spaces, - and _'
+        )
+
+
+@contextmanager
+def held_folder(path: Path) -> Generator[None]:
+    """Make a folder where there is none, and hold it for this process.
+
+    Raises `PomonaError` when another process has it.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    hold(lock, path)
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
 def hold(lock: int, path: Path) -> None:
     """Lock an open folder for this process; raises `PomonaError` and closes it when another has it."""
     try:

@@ -240,7 +240,7 @@ def test_without_noise_to_speak_of_the_mean_is_of_clipped_changes_each_counting_
     expected = np.mean([1.5 * change(u) / np.linalg.norm(change(u)) for u in sent], axis=0)
     np.testing.assert_allclose(change(mean), expected, atol=2e-7)
     assert mean.rows == 1
-    local = protect(Privacy(1.5, 1e-9, "local"), SENT, sent, "k", 1)
+    local = list(protect(Privacy(1.5, 1e-9, "local"), SENT, sent, "k", 1))
     assert [u.client for u in local] == [u.client for u in sent]
     assert {u.rows for u in local} == {1}
     for was, now in zip(sent, local, strict=True):
@@ -253,7 +253,7 @@ def test_noise_has_the_deviation_that_is_accounted_for(where, clients):
     """2,030 coordinates of 30 rounds: the deviation is known to 0.4 %, the mean to 0.01 of it."""
     privacy = Privacy(2.0, 1.5, where)
     still = [Update(f"c{i}", 1, SENT) for i in range(clients)]
-    rounds = [protect(privacy, SENT, still, "k", r) for r in range(30)]
+    rounds = [list(protect(privacy, SENT, still, "k", r)) for r in range(30)]
     noise = np.stack([np.mean([change(u) for u in sent], axis=0) for sent in rounds])
     expected = 3.0 / (clients if where == "central" else math.sqrt(clients))
     assert noise.std() == pytest.approx(expected, rel=0.015)
@@ -281,8 +281,8 @@ def test_noise_is_a_function_of_key_round_and_client(where):
 
 
 def test_nobody_sent_anything():
-    assert protect(Privacy(1.0, 1.0), SENT, [], "k", 1) == []
-    assert protect(Privacy(1.0, 1.0, "local"), SENT, [], "k", 1) == []
+    assert list(protect(Privacy(1.0, 1.0), SENT, [], "k", 1)) == []
+    assert list(protect(Privacy(1.0, 1.0, "local"), SENT, [], "k", 1)) == []
 
 
 @pytest.mark.parametrize(

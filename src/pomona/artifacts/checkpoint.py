@@ -64,6 +64,11 @@ class Checkpoint:
         """Whether a round is committed."""
         return (self.folder / _STATE).is_file()
 
+    @property
+    def round(self) -> int | None:
+        """The last committed round, None before the first and after the end."""
+        return read_as(self.folder / _STATE, _State).round if self.begun else None
+
     def read(self, clients: Collection[str]) -> Snapshot:
         """Return the last committed round.
 

@@ -150,6 +150,11 @@ class RunDirectory:
         path = self.path / "metrics.jsonl"
         return [from_json(line) for line in path.read_bytes().splitlines()]
 
+    def answers(self) -> list[dict[str, Any]]:
+        """Return the final evaluation row by row."""
+        path = self.path / "answers.jsonl"
+        return [from_json(line) for line in path.read_bytes().splitlines()]
+
     def add_metrics(self, metrics: Sequence[Mapping[str, Any]]) -> None:
         """Append what is measured after the last round; until the run is finished it is made anew."""
         self._append("metrics.jsonl", metrics)

@@ -11,9 +11,13 @@ import pomona
 from pomona.cli.demo import demo
 from pomona.cli.evaluate import evaluate
 from pomona.cli.federate import federate
+from pomona.cli.join import join
 from pomona.cli.judge import judge
+from pomona.cli.keys import keys
 from pomona.cli.reconstruct import reconstruct
 from pomona.cli.report import report
+from pomona.cli.serve import serve
+from pomona.cli.status import status
 from pomona.errors import PomonaError
 
 app = typer.Typer(
@@ -59,6 +63,10 @@ for command, interrupted in {
     judge: NOTHING_KEPT,
     report: NOTHING_KEPT,
     demo: GO_ON,
+    serve: GO_ON,
+    join: GO_ON,
+    keys: NOTHING_KEPT,
+    status: NOTHING_KEPT,
 }.items():
     app.command()(_ending(command, interrupted))
 

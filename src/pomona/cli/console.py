@@ -30,7 +30,7 @@ def progress_bars() -> Generator[Progress]:
     Away from a terminal a stage writes a plain line when it starts and at every tenth of its way.
     A stage that came to its end without saying so is shown complete, unless an error ended it.
     """
-    _quiet_libraries()
+    quiet_libraries()
     with _bars() if console.is_terminal else _Lines() as shown:
         yield shown.progress
         shown.complete()
@@ -117,7 +117,7 @@ def _bars() -> _Bars:
     return _Bars(RichProgress(*columns, console=console))
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Transformers' own bars and advice would tear ours apart."""
     from transformers.utils import logging
 

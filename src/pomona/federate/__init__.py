@@ -12,9 +12,10 @@ from pomona.artifacts.run import RunDirectory
 from pomona.data.duplicates import told
 from pomona.federate.birth import begin
 from pomona.federate.finish import finish
+from pomona.federate.in_process import InProcess
 from pomona.federate.pace import paced
 from pomona.federate.prepare import prepare
-from pomona.federate.rounds import finishing_round, remaining, train_round
+from pomona.federate.rounds import through_rounds
 from pomona.federation.holdings import holdings_of
 from pomona.federation.settings import FederateSettings
 from pomona.models.placement import find_devices
@@ -37,7 +38,7 @@ def federate(
     `PomonaError` for whatever is wrong with the model, the data or the disk.
     """
     devices = find_devices(device)
-    rows = settings.data.load(settings.seed)
+    rows = settings.load()
     settings.check_clients(list(rows))
     inputs = inputs_of(settings.model, rows, progress, settings.warm_start)
     run.claim(inputs)
@@ -49,10 +50,5 @@ def federate(
     del rows  # of many clients their text is most of what they take
     write_holdings(run.path, holdings)
     snapshot = run.snapshot(federation.train) or begin(federation)
-    last = settings.last_round
-    for round_ in remaining(federation, snapshot):
-        progress("rounds", round_ - 1, last)
-        step = train_round if round_ <= settings.rounds else finishing_round
-        snapshot = step(federation, snapshot, round_)
-    progress("rounds", last, last)
+    snapshot = through_rounds(InProcess(federation), snapshot)
     return finish(federation, snapshot)

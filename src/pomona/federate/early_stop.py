@@ -6,11 +6,13 @@ from typing import Any
 from torch import Tensor
 
 from pomona.artifacts.checkpoint import Snapshot
+from pomona.artifacts.run import RunDirectory
 from pomona.evaluation.loss import RowLoss
 from pomona.federate.evaluate import models_of, served, side_by_side
 from pomona.federate.prepare import Federation
 from pomona.federation.cohort import FrozenBase
 from pomona.federation.measure import Models, loss_summary, losses_of
+from pomona.federation.settings import FederateSettings
 from pomona.federation.update import ClientState
 
 _HELD_BACK = "held back"
@@ -45,13 +47,15 @@ def held_back_losses(
     return lines
 
 
-def stopped(federation: Federation, fresh: Sequence[Mapping[str, Any]]) -> bool:
+def stopped(
+    settings: FederateSettings, run: RunDirectory, fresh: Sequence[Mapping[str, Any]]
+) -> bool:
     """Whether held-back rows say that it is enough: `fresh` are lines that are not committed yet."""
-    stop = federation.settings.early_stop
+    stop = settings.early_stop
     if stop is None:
         return False
     losses: dict[int, list[float]] = {}
-    for line in (*federation.run.metrics(), *fresh):
+    for line in (*run.metrics(), *fresh):
         if line["model"] == _HELD_BACK:
             losses.setdefault(line["round"], []).append(line["loss"])
     return stop.reached([sum(own) / len(own) for _, own in sorted(losses.items())])

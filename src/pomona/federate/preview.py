@@ -70,7 +70,7 @@ def preview(
     `federate` does.
     """
     where = find_device(device)
-    rows = settings.data.load(settings.seed)
+    rows = settings.load()
     settings.check_clients(list(rows))
     trainers = _trainers(settings, rows)
     base = frozen_base(_plain(settings), outline_model(settings.model, settings.dtype))

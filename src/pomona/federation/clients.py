@@ -10,6 +10,7 @@ from pomona.data.tables import TABLES
 from pomona.errors import PomonaError
 from pomona.federation.partition import ByCategory, Dealt, Partition, check_clients
 from pomona.federation.partition.dealing import by_category, shuffled
+from pomona.files import check_name
 from pomona.seeds import numpy_generator
 
 
@@ -72,7 +73,7 @@ class ClientData:
         train, test = self._ready() if self.folder is not None else self._dealt(seed)
         check_clients(train, test)
         for name in train:
-            _check_name(name)
+            check_name(name)
         return {name: ClientRows(train[name], test[name]) for name in sorted(train)}
 
     def _dealt(self, seed: int) -> tuple[Dealt, Dealt]:
@@ -118,6 +119,28 @@ class ClientData:
         return train, {name: _some_of_each(own, self.test_rows) for name, own in test.items()}
 
 
+def site_rows(name: str, data: Path, test: Path | None, held_out: float) -> ClientRows:
+    """Return a site's rows; without `test` the share `held_out` of its `data`, drawn once, is kept for it.
+
+    Raises `PomonaError` for a missing or broken file and for one without rows enough.
+    """
+    rows = read_rows(data, None, "train")
+    if test is not None:
+        return ClientRows(rows, read_rows(test, None, "test"))
+    if not 0 < held_out < 1:
+        raise PomonaError(f"held-out {held_out} is no share of the rows; use for example 0.1")
+    count = max(1, round(held_out * len(rows)))
+    if count >= len(rows):
+        raise PomonaError(
+            f"{data} has {len(rows)} rows, too few to keep some for testing; give --test"
+        )
+    kept = set(numpy_generator("held out", name).permutation(len(rows))[:count].tolist())
+    parts = (
+        [row for i, row in enumerate(rows) if (i in kept) == tested] for tested in (False, True)
+    )
+    return ClientRows(*parts)
+
+
 def _some_of_each(rows: Sequence[Row], count: int) -> list[Row]:
     """Keep `count` rows of every category, in their order; 0 keeps all."""
     chosen: set[int] = set()
@@ -154,11 +177,3 @@ def _files(folder: Path, split: str) -> dict[str, Path]:
     if not files and split == "train":
         raise PomonaError(f"{folder} holds no NAME.train.jsonl; name one such file per client")
     return files
-
-
-def _check_name(name: str) -> None:
-    """A client's name becomes a folder in the run directory."""
-    if not name.strip() or name.startswith(".") or any(c in '/\\\0:*?"<>|' for c in name):
-        raise PomonaError(
-            f'client name "{name}" cannot be a folder name; use letters, digits, spaces, - and _'
-        )

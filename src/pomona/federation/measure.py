@@ -21,7 +21,7 @@ from pomona.evaluation.speed import Speed, generation_speeds
 from pomona.federation.cohort import FrozenBase
 from pomona.federation.evaluation import Evaluation
 from pomona.federation.gates import GateWeights, measure_gates
-from pomona.federation.update import ClientState, Update, stack
+from pomona.federation.update import ClientState, stack
 from pomona.models.packing import follow
 from pomona.models.routing import count_routing
 from pomona.models.split import Present
@@ -224,27 +224,24 @@ def speed_of(
 
 
 def communication(
-    round_: int, messages: Mapping[str, Mapping[str, Tensor]], updates: Sequence[Update]
+    round_: int, sent: Mapping[str, int], received: Mapping[str, int]
 ) -> dict[str, Any]:
     """Return the line of a round's messages: bytes to and from every client, and of all together.
 
-    `messages` are what the server sends to each. They are measured as they are serialised (safetensors,
-    header included); nothing to send is no message.
+    They are measured as they are serialised (`message_bytes`); nothing to send is no message.
     """
-    sent = {client: message_bytes(message) for client, message in messages.items()}
-    received = {update.client: message_bytes(update.message) for update in updates}
     return {
         "round": round_,
         "model": "communication",
         "sent_bytes": sum(sent.values()),
         "received_bytes": sum(received.values()),
-        "sent": sent,
+        "sent": dict(sent),
         "received": {name: received.get(name, 0) for name in sent},
     }
 
 
 def message_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Return the length of tensors as a message, which their names, types and shapes decide."""
+    """Return the length of tensors as safetensors, header included, which names, types and shapes decide."""
     return serialized_bytes(tensors) if tensors else 0
 
 

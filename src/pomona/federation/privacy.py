@@ -7,7 +7,7 @@ unit is a client with all its rows. docs/privacy.md says what this protects and 
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
@@ -110,27 +110,29 @@ def noise_key(seed: int | str) -> tuple[str, bool]:
 
 
 def protect(
-    privacy: Privacy, sent: Mapping[str, Tensor], updates: Sequence[Update], key: str, round_: int
-) -> list[Update]:
-    """Return what the server may aggregate: one noised mean, or every update clipped and noised.
+    privacy: Privacy, sent: Mapping[str, Tensor], updates: Iterable[Update], key: str, round_: int
+) -> Iterator[Update]:
+    """Yield what the server may aggregate: every update clipped and noised, or one noised mean.
 
-    `sent` is what the clients started from. Noise is a function of (key, round, client).
+    `sent` is what the clients started from. Noise is a function of (key, round, client). Updates stream
+    through, in the order of their clients' names; sums run in float64.
     """
-    if not updates:
-        return []
     if privacy.where == "local":
-        own = [(u.client, clipped(sent, u, privacy.clip)) for u in updates]
-        return [
-            Update(client, 1, _moved(sent, _noised(change, privacy, 1, key, round_, client)))
-            for client, change in own
-        ]
+        for update in updates:
+            change = clipped(sent, update, privacy.clip)
+            noised = _noised(change, privacy, 1, key, round_, update.client)
+            yield Update(update.client, 1, _moved(sent, noised))
+        return
     total: _Tensors = {}
-    for update in sorted(updates, key=lambda update: update.client):
+    clients = 0
+    for update in updates:
+        clients += 1
         for name, change in clipped(sent, update, privacy.clip).items():
             total[name] = total[name] + change if name in total else change
-    mean = {name: change / len(updates) for name, change in total.items()}
-    noised = _noised(mean, privacy, len(updates), key, round_, "the server")
-    return [Update(f"mean of {len(updates)} clients", 1, _moved(sent, noised))]
+    if clients:
+        mean = {name: change / clients for name, change in total.items()}
+        noised = _noised(mean, privacy, clients, key, round_, "the server")
+        yield Update(f"mean of {clients} clients", 1, _moved(sent, noised))
 
 
 def clipped(sent: Mapping[str, Tensor], update: Update, clip: float) -> _Tensors:

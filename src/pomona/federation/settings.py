@@ -7,7 +7,7 @@ from typing import Literal
 
 from pomona.data.templates import Alpaca, Template
 from pomona.errors import PomonaError
-from pomona.federation.clients import ClientData
+from pomona.federation.clients import ClientData, ClientRows
 from pomona.federation.early_stop import EarlyStop
 from pomona.federation.evaluation import Evaluation
 from pomona.federation.graft import Graft
@@ -54,6 +54,8 @@ class Finish:
 class FederateSettings:
     """A federation, whole: what a recipe says and `federate` does.
 
+    `data` are the clients' rows of a simulation; sites have their own.
+
     `fraction` of the clients take part in a round, of whom the share `dropout` is lost before it has
     answered. `joins` says from which round on a client takes part; `newcomers` take part in none, they
     graft and train when it is over (`finish`). `personal` is a private LoRA beside the shared adapter;
@@ -68,7 +70,7 @@ class FederateSettings:
     """
 
     model: str = field(metadata={"path": True})
-    data: ClientData
+    data: ClientData | None = None
     name: str = "federation"
     seed: int = 0
     rounds: int = 20
@@ -204,6 +206,14 @@ class FederateSettings:
     def last_round(self) -> int:
         """The number of the last round, those of `finish` included."""
         return self.rounds + (self.finishing.rounds if self.finishing else 0)
+
+    def load(self) -> dict[str, ClientRows]:
+        """Return the rows of a simulation's clients; raises `PomonaError` where the recipe has none."""
+        if self.data is None:
+            raise PomonaError(
+                "the recipe has no [data], which a simulation needs; say where the rows are"
+            )
+        return self.data.load(self.seed)
 
     def takes_part(self, client: str, round_: int) -> bool:
         """Whether a client may be sampled in a round."""

@@ -45,7 +45,25 @@ def build(settings: type[Settings], table: Mapping[str, Any], folder: Path, wher
 
 def dump(settings: Any) -> str:
     """Return the TOML text from which `build` makes equal settings; paths are absolute."""
-    return tomli_w.dumps(_table(settings))
+    return tomli_w.dumps(table_of(settings))
+
+
+def table_of(settings: Any) -> dict[str, Any]:
+    """Return what `dump` writes, as a table."""
+    hints = get_type_hints(type(settings))
+    table: dict[str, Any] = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if value is None:
+            continue
+        protocol = next((o for o in _options(hints[field.name]) if o in REGISTRIES), None)
+        if protocol is not None:
+            table[field.name] = {"kind": kind_of(protocol, value), **table_of(value)}
+        elif dataclasses.is_dataclass(value):
+            table[field.name] = table_of(value)
+        else:
+            table[field.name] = str(value) if isinstance(value, Path) else _plain(value)
+    return table
 
 
 def _required(field: dataclasses.Field[Any]) -> bool:
@@ -113,23 +131,6 @@ def _path(value: str, folder: Path, where: str, options: Sequence[Any]) -> Path 
     if Path in options:  # rows: a file has one of a few suffixes, even where it is missing
         return path if is_file_name(expanded) or path.exists() else expanded
     return str(path) if path.exists() or expanded.startswith((".", "/", "~")) else expanded
-
-
-def _table(settings: Any) -> dict[str, Any]:
-    hints = get_type_hints(type(settings))
-    table: dict[str, Any] = {}
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if value is None:
-            continue
-        protocol = next((o for o in _options(hints[field.name]) if o in REGISTRIES), None)
-        if protocol is not None:
-            table[field.name] = {"kind": kind_of(protocol, value), **_table(value)}
-        elif dataclasses.is_dataclass(value):
-            table[field.name] = _table(value)
-        else:
-            table[field.name] = str(value) if isinstance(value, Path) else _plain(value)
-    return table
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,29 @@
+"""What a process that runs for days tells: lines with their time, on the screen and in one file."""
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from threading import Lock
+
+from pomona.cli.console import console
+
+
+@dataclass
+class Log:
+    """A log file, appended to; the same lines are printed."""
+
+    path: Path
+    last: str = ""
+    _lock: Lock = field(default_factory=Lock, repr=False)
+
+    def tell(self, sentence: str) -> None:
+        """Write a line, on disk too as long as there is room for it."""
+        line = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {' '.join(sentence.splitlines())}"
+        with self._lock:
+            self.last = line
+            console.print(line)
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(line + "\n")
+            except OSError:
+                pass  # a full disk must not end what else goes on

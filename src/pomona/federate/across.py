@@ -1,0 +1,295 @@
+"""The engine of a deployment: every client is a site that is asked, and answers when it can.
+
+The rounds are those of a simulation. A site's answer is looked at before it counts, and waits on disk until
+all are there: the server holds one at a time, and takes them in the order of names.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import ceil
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from pomona.artifacts.arrived import Arrived
+from pomona.artifacts.checkpoint import Snapshot
+from pomona.artifacts.inputs import Inputs
+from pomona.artifacts.run import RunDirectory
+from pomona.errors import PomonaError
+from pomona.federate.engine import Answer
+from pomona.federate.heard import (
+    Presented,
+    answers_of,
+    check_told,
+    lines_of,
+    not_refused,
+    of_kind,
+    presented,
+)
+from pomona.federate.rounds import sent_to_clients, sent_to_newcomers
+from pomona.federation.cohort import FrozenBase
+from pomona.federation.settings import FederateSettings, Finish
+from pomona.federation.strategies import Corrects, ServerState, frozen_part
+from pomona.federation.update import ClientState, Update, split
+from pomona.models.lora import narrowed
+from pomona.models.received import check_like, check_values, decoded, encoded
+from pomona.parcel import Parcel, Refused
+from pomona.progress import Progress, Tell
+
+
+@runtime_checkable
+class Sites(Protocol):
+    """Asks sites, and hears their answers; what carries the messages is its own affair."""
+
+    def ask(
+        self, parcels: Mapping[str, Parcel], seconds: float
+    ) -> Iterator[tuple[str, Parcel | Refused]]:
+        """Send every site its parcel and yield answers as they come, until all are there or time is up.
+
+        A site that is away is waited for, and asked when it is back.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a round waits, and how many answers it needs to count.
+
+    A round ends when everybody who was asked has answered, or after `deadline` seconds if at least the share
+    `quorum` of them has. Otherwise the others are asked again, `retries` times. A change whose norm is more
+    than `largest_change` times one plus that of what was sent is rejected.
+    """
+
+    deadline: float = 600.0
+    quorum: float = 0.5
+    retries: int = 2
+    largest_change: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.deadline < float("inf"):
+            raise PomonaError(f"deadline {self.deadline} is no time; give seconds, for example 600")
+        if not 0 < self.quorum <= 1:
+            raise PomonaError(f"quorum {self.quorum} is no share of the sites; use for example 0.5")
+        if self.retries < 0:
+            raise PomonaError(f"retries {self.retries} is negative; use 0 or more")
+        if not 0 < self.largest_change < float("inf"):
+            raise PomonaError(
+                f"largest_change {self.largest_change} is not positive; use for example 10"
+            )
+
+    def least(self, asked: int) -> int:
+        """Return how many of those who were asked have to answer."""
+        return max(1, ceil(self.quorum * asked - 1e-9))
+
+
+@dataclass(frozen=True)
+class Across:
+    """The clients of a deployment: `clients` are the names of the sites."""
+
+    settings: FederateSettings
+    run: RunDirectory
+    base: FrozenBase
+    federation_id: str
+    recipe: str
+    inputs: Inputs
+    server_first: Mapping[str, Tensor]
+    clients: Sequence[str]
+    sites: Sites
+    patience: Patience
+    progress: Progress
+    tell: Tell
+    present: dict[str, Presented] = field(default_factory=dict[str, Presented])
+
+    def sends(self, client: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return what travels of an adapter to a site: no more than its rank."""
+        rank = self.settings.ranks.get(client)
+        return tensors if rank is None else narrowed(tensors, rank)
+
+    def greet(self, names: Sequence[str], seconds: float) -> None:
+        """Tell sites what the federation is, and hear who they are; who does not answer is left out."""
+        first = encoded(self.server_first) if self.settings.warm_start else b""
+        told = {
+            "federation": self.federation_id,
+            "recipe": self.recipe,
+            "model": self.inputs.model,
+        }
+        parcels = {name: Parcel("hello", {**told, "site": name}, first) for name in names}
+        for name, answer in self.sites.ask(parcels, seconds):
+            try:
+                self.present[name] = presented(name, not_refused(answer), self.inputs.model)
+            except PomonaError as error:
+                self.tell(f'site "{name}" does not take part: {error}')
+
+    def train(
+        self, snapshot: Snapshot, names: Sequence[str], round_: int, finish: Finish | None = None
+    ) -> Iterator[Answer]:
+        """Have sites train, and yield their answers in the order of names once enough of them are there."""
+        server = snapshot.server
+        expected = {} if finish else self._expected(server)
+        told = {"memory": sorted(self._memory(server)), "round": round_}
+        sent = (
+            sent_to_newcomers(self.settings, server)
+            if finish
+            else sent_to_clients(self.settings.strategy, server)
+        )
+        arrived = Arrived(self.run.path / "arrived")
+
+        def keep(name: str, answer: Parcel) -> None:
+            self._check(name, answer, round_, expected, server)
+            arrived.keep(name, answer)
+
+        try:
+            self._gather("train", told, self._messages(names, sent), keep, f"round {round_}")
+            for name in names:
+                if name in arrived.told:
+                    yield self._answer(name, arrived.take(name), finish)
+        finally:
+            arrived.clear()
+
+    def evaluate(
+        self,
+        snapshot: Snapshot,
+        private: Mapping[str, ClientState],
+        shared: Mapping[str, Tensor],
+        round_: int,
+    ) -> list[dict[str, Any]]:
+        """Have sites measure the shared model and their own."""
+        return self._measured("evaluate", shared, self.clients, round_)
+
+    def held_back(
+        self,
+        snapshot: Snapshot,
+        private: Mapping[str, ClientState],
+        shared: Mapping[str, Tensor],
+        round_: int,
+    ) -> list[dict[str, Any]]:
+        """Have sites measure their models on the rows they hold back, when it is time to look."""
+        stop = self.settings.early_stop
+        if stop is None or round_ % stop.every or round_ > self.settings.rounds:
+            return []
+        looking = [name for name in self.clients if name not in self.settings.newcomers]
+        return self._measured("held back", shared, looking, round_)
+
+    def finish(self, server: ServerState, round_: int) -> dict[str, list[dict[str, Any]]]:
+        """Have every site measure and publish what is its own; return the figures of its test rows."""
+        found: dict[str, list[dict[str, Any]]] = {}
+
+        def keep(name: str, answer: Parcel) -> None:
+            of_kind(answer, "finished")
+            found[name] = answers_of(name, answer.told)
+
+        sent = sent_to_newcomers(self.settings, server)
+        self._gather(
+            "finish", {"round": round_}, self._messages(self.clients, sent), keep, "the end"
+        )
+        return {name: found[name] for name in self.clients if name in found}
+
+    def _measured(
+        self, kind: str, shared: Mapping[str, Tensor], names: Sequence[str], round_: int
+    ) -> list[dict[str, Any]]:
+        lines: dict[str, list[dict[str, Any]]] = {}
+
+        def keep(name: str, answer: Parcel) -> None:
+            of_kind(answer, "figures")
+            lines[name] = lines_of(name, answer.told)
+
+        sent = sent_to_newcomers(self.settings, ServerState(shared))
+        messages = self._messages(names, sent)
+        self._gather(kind, {"round": round_}, messages, keep, f"evaluating round {round_}")
+        return [line for name in names if name in lines for line in lines[name]]
+
+    def _gather(
+        self,
+        kind: str,
+        told: Mapping[str, Any],
+        messages: Mapping[str, bytes],
+        keep: Callable[[str, Parcel], None],
+        what: str,
+    ) -> None:
+        """Ask until enough have answered; raises `PomonaError` when they do not."""
+        asked = list(messages)
+        waiting, least = dict.fromkeys(asked), self.patience.least(len(asked))
+        answered: set[str] = set()
+        for attempt in range(self.patience.retries + 1):
+            strangers = [name for name in waiting if name not in self.present]
+            if strangers:
+                self.greet(strangers, self.patience.deadline)
+            parcels = {
+                name: Parcel(kind, {"federation": self.federation_id, **told}, messages[name])
+                for name in waiting
+                if name in self.present
+            }
+            self.progress(what, len(answered), len(asked))
+            for name, answer in self.sites.ask(parcels, self.patience.deadline):
+                if isinstance(answer, Parcel) and answer.kind == "unknown":
+                    self.present.pop(name, None)  # it was started anew, and is told again
+                    continue
+                waiting.pop(name, None)
+                try:
+                    keep(name, not_refused(answer))
+                except PomonaError as error:
+                    self.tell(f'{what}: site "{name}" does not count: {error}')
+                else:
+                    answered.add(name)
+                self.progress(what, len(answered), len(asked))
+            if not waiting or len(answered) >= least:
+                break
+            missing = ", ".join(waiting)
+            again = attempt < self.patience.retries
+            self.tell(
+                f"{what}: {len(answered)} of {len(asked)} sites have answered and {least} are needed; missing: "
+                f"{missing}{'; they are asked again' if again else ''}"
+            )
+        if len(answered) < min(least, len(asked)):
+            raise PomonaError(
+                f"{what}: {len(answered)} of {len(asked)} sites have answered and {least} are needed; start "
+                "the missing ones and run the same command again to go on with this round, or lower --quorum"
+            )
+
+    def _messages(self, names: Sequence[str], tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
+        """Return what every site is sent; those of the same rank share the bytes."""
+        by_rank: dict[int | None, bytes] = {}
+        for name in names:
+            rank = self.settings.ranks.get(name)
+            if rank not in by_rank:
+                by_rank[rank] = encoded(self.sends(name, tensors))
+        return {name: by_rank[self.settings.ranks.get(name)] for name in names}
+
+    def _memory(self, server: ServerState) -> set[str]:
+        return set(server.memory) if isinstance(self.settings.strategy, Corrects) else set()
+
+    def _expected(self, server: ServerState) -> dict[str, Tensor]:
+        """Return stand-ins of what a site of full rank sends back of a round."""
+        strategy = self.settings.strategy
+        born = {n: v for n, v in server.shared.items() if n in self.server_first}
+        sent, _ = split(ClientState(born), strategy.shares, frozen_part(strategy))
+        if isinstance(strategy, Corrects):
+            sent |= {name: server.memory[name] for name in self._memory(server)}
+        return sent
+
+    def _check(
+        self,
+        name: str,
+        answer: Parcel,
+        round_: int,
+        expected: Mapping[str, Tensor],
+        server: ServerState,
+    ) -> None:
+        """Raise `PomonaError` for an answer that may not count."""
+        check_told(answer, self.federation_id, round_, self.present[name].train)
+        tensors = decoded(answer.tensors)
+        wanted = self.sends(name, expected)
+        check_like(tensors, wanted)
+        check_values(
+            tensors,
+            {n: v for n, v in self.sends(name, server.shared).items() if n in wanted},
+            self.patience.largest_change,
+        )
+
+    def _answer(self, name: str, parcel: Parcel, finish: Finish | None) -> Answer:
+        told, tensors = parcel.told, decoded(parcel.tensors)
+        update = None
+        if tensors and not finish:
+            tensors = {n: v.to(self.base.device) for n, v in tensors.items()}
+            update = Update(name, told["rows"], tensors, told.get("loss"))
+        return Answer(name, told["losses"], update, None, told.get("epsilon"))

@@ -1,0 +1,290 @@
+"""Flower's SuperLink inside the coordinator: of its routes only those of the fleet exist.
+
+Sites pull their messages and push their answers over Flower's protocol. There is no Control or Runtime API, so
+that nobody can hand in code, start or stop a run over the network, and no app that is handed out.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import uvicorn
+from fastapi import FastAPI
+from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID
+from flwr.proto.fleet_pb2 import PullMessagesRequest, PushMessagesRequest
+from flwr.proto.message_pb2 import PushObjectRequest
+from flwr.server.superlink.linkstate import LinkStateFactory
+from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
+from flwr.supercore.constant import NOOP_FEDERATION_ID, NodeStatus, TaskType
+from flwr.supercore.error import http_error_translator
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.federation import NoOpFederationManager
+from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
+from flwr.superlink.routers.fleet.router import router
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from pomona.errors import PomonaError
+from pomona.flower.store import DiskStore
+
+_AT_ONCE = 4  # answers' chunks that are read into memory at the same time
+_LARGEST_REQUEST = 16 << 20  # Flower's chunks have 5 MB
+_BEAT = 20.0
+_LONG_POLL, _POLL = 5.0, 0.02
+logging.getLogger("flwr").setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The coordinator's certificate and key, as files."""
+
+    chain: Path
+    key: Path
+
+
+class State(InMemoryLinkState):
+    """Flower's state of nodes and messages, which lets a site that was restarted come back at once."""
+
+    def __init__(self, federation: NoOpFederationManager, store: DiskStore):
+        super().__init__(federation, store)
+        self.activations: dict[int, int] = {}
+
+    def activate_node(self, node_id: int, heartbeat_interval: float) -> bool:
+        """Activate a node; one that counts as online has died without a word, for it has the same key."""
+        with self.lock:
+            self.deactivate_node(node_id)
+            self.activations[node_id] = self.activations.get(node_id, 0) + 1
+            return super().activate_node(node_id, heartbeat_interval)
+
+
+@dataclass
+class Link:
+    """A running SuperLink, with its messages in `folder` while they wait.
+
+    `keys` are the public keys of the sites that may join, by name; None admits all.
+    """
+
+    host: str
+    port: int
+    folder: Path
+    certificate: Certificate | None = None
+    keys: Mapping[str, bytes] | None = None
+    state: State = field(init=False, repr=False)
+    store: DiskStore = field(init=False, repr=False)
+    run_id: int = field(init=False, default=0)
+    mail: "Mail" = field(init=False, repr=False)
+
+    def __enter__(self) -> Self:
+        self.mail = Mail()
+        self.store = DiskStore(self.folder)
+        federation, stores = NoOpFederationManager(), ObjectStoreFactory()
+        factory = LinkStateFactory(":flwr-in-memory:", federation, stores)
+        self.state = factory.state_instance = State(federation, self.store)
+        self.names: dict[int, str] = {}
+        for name, key in (self.keys or {}).items():
+            node = self.state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, 0, name=name)
+            self.names[node] = name
+        self._begin_run()
+        self._app = _app(factory, self.keys is not None, self.mail)
+        self._serve(self._app)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.mail.over = True
+        self._over.set()
+        self._server.should_exit = True
+        self._thread.join(timeout=10)
+        self.store.close()
+
+    @property
+    def routes(self) -> list[str]:
+        """The paths that exist."""
+        return list(self._app.openapi()["paths"])
+
+    def online(self) -> dict[int, int]:
+        """Return the nodes that are online, with how many times each has come."""
+        nodes = self.state.get_node_info(statuses=[NodeStatus.ONLINE])
+        return {node.node_id: self.state.activations[node.node_id] for node in nodes}
+
+    def _begin_run(self) -> None:
+        """Flower carries messages only between a run and its nodes: this is the run, and nobody's task."""
+        state = self.state
+        self.run_id = state.create_run(
+            "pomona", "1", "", {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP
+        )
+        task_id = state.get_run_info(run_ids=[self.run_id])[0].primary_task_id
+        assert task_id is not None
+        state.claim_task(task_id)
+        state.activate_task(task_id)
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = task_id, self.run_id, 1
+        self._over = threading.Event()
+
+        def beat() -> None:
+            while not self._over.wait(_BEAT):
+                state.acknowledge_task_heartbeat(task_id)
+
+        threading.Thread(target=beat, daemon=True).start()
+
+    def _serve(self, app: FastAPI) -> None:
+        certificate = self.certificate
+        config = uvicorn.Config(
+            _Bounded(app),
+            host=self.host,
+            port=self.port,
+            log_level="error",
+            access_log=False,
+            server_header=False,
+            ssl_certfile=certificate and str(certificate.chain),
+            ssl_keyfile=certificate and str(certificate.key),
+            timeout_graceful_shutdown=1,
+        )
+        self._server = uvicorn.Server(config)
+        self._server.install_signal_handlers = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
+        failed: list[BaseException] = []
+
+        def serve() -> None:
+            try:
+                self._server.run()
+            except BaseException as error:
+                failed.append(error)
+
+        self._thread = threading.Thread(target=serve, daemon=True)
+        self._thread.start()
+        while not self._server.started:
+            if not self._thread.is_alive():
+                raise PomonaError(
+                    f"cannot listen on {self.host}:{self.port}; it is taken, or no address of this machine: "
+                    "choose another with --host and --port"
+                )
+            time.sleep(0.01)
+
+
+def _app(factory: LinkStateFactory, authenticated: bool, mail: "Mail") -> FastAPI:
+    """Return Flower's fleet routes and what they need, in Flower's order."""
+    app = FastAPI(
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        middleware=[
+            Middleware(BaseHTTPMiddleware, dispatch=http_error_translator),
+            Middleware(ProtobufTranslationMiddleware),
+            Middleware(NodeAuthMiddleware),
+            Middleware(_OwnAnswers),
+            Middleware(_LongPolls),
+        ],
+    )
+    app.state.linkstate_factory = factory
+    app.state.mail = mail
+    app.state.enable_supernode_auth = authenticated
+    app.include_router(router)
+    return app
+
+
+class _OwnAnswers(BaseHTTPMiddleware):
+    """Refuses an answer in the name of another node than the one that signed the request, or a huge one."""
+
+    async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
+        """Compare the sender of every message with the node that sends it, and count what it pushes."""
+        asked = getattr(request.state, "protobuf_request", None)
+        if isinstance(asked, PushMessagesRequest):
+            senders = {message.metadata.src_node_id for message in asked.messages_list}
+            if senders != {asked.node.node_id}:
+                return Response("an answer of another node", status_code=403)
+        if isinstance(asked, PushObjectRequest) and not request.app.state.mail.takes(asked):
+            return Response("larger than any answer may be", status_code=413)
+        return await call_next(request)
+
+
+class _LongPolls(BaseHTTPMiddleware):
+    """Holds a node that asks for messages until there is one, so that nodes need not ask all the time."""
+
+    async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
+        """Wait for a message to the node that asks, for a few seconds at most."""
+        asked = getattr(request.state, "protobuf_request", None)
+        if isinstance(asked, PullMessagesRequest):
+            await request.app.state.mail.wait(asked.node.node_id)
+        return await call_next(request)
+
+
+@dataclass
+class Mail:
+    """What is known of messages beside Flower: how many every node was sent, and was told of.
+
+    An answer of more than `largest` bytes is not taken, and its node remembered in `too_large`.
+    """
+
+    largest: int = 0
+    pushed: dict[str, int] = field(default_factory=dict[str, int])
+    too_large: set[int] = field(default_factory=set[int])
+    sent: dict[int, int] = field(default_factory=dict[int, int])
+    told: dict[int, int] = field(default_factory=dict[int, int])
+    over: bool = False
+
+    def add(self, node: int) -> None:
+        """Count a message to a node."""
+        self.sent[node] = self.sent.get(node, 0) + 1
+        self.too_large.discard(node)
+
+    def takes(self, request: PushObjectRequest) -> bool:
+        """Count a part of an answer, and tell whether it may be as large as it is by now."""
+        size = self.pushed.get(request.session_id, 0) + len(request.object_content)
+        self.pushed[request.session_id] = size
+        if size > self.largest:
+            self.too_large.add(request.node.node_id)
+        return size <= self.largest
+
+    async def wait(self, node: int) -> None:
+        """Return when there is a message to a node, or after a while."""
+        for _ in range(round(_LONG_POLL / _POLL)):
+            if self.over:
+                return
+            if self.sent.get(node, 0) > self.told.get(node, 0):
+                self.told[node] = self.told.get(node, 0) + 1
+                return
+            await asyncio.sleep(_POLL)
+
+
+class _Bounded:
+    """Holds a coordinator's memory: few large requests are read at once, none larger than a chunk can be."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+        self.slots = asyncio.Semaphore(_AT_ONCE)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not scope["path"].endswith("/push-object"):
+            await self.app(scope, _limited(receive), send)
+            return
+        async with self.slots:
+            await self.app(scope, _limited(receive), send)
+
+
+def _limited(receive: Receive) -> Receive:
+    """Return what reads a request, and breaks off where it is larger than any of ours."""
+    read = 0
+
+    async def limited() -> object:
+        nonlocal read
+        message = await receive()
+        read += len(message.get("body", b""))
+        if read > _LARGEST_REQUEST:
+            raise ConnectionError("a request is larger than any message of a site")
+        return message
+
+    return limited  # pyright: ignore[reportReturnType]

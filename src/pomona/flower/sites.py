@@ -1,0 +1,211 @@
+"""Asking sites over a Flower Grid: that of the coordinator's own link, or any other."""
+
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+from flwr.app import Message
+from flwr.app.message.message import remove_content_from_message
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+
+from pomona.errors import PomonaError
+from pomona.flower.link import Link
+from pomona.flower.records import KIND, as_records, from_records
+from pomona.parcel import Parcel, Refused
+
+_POLL = 0.02
+_SLOWEST_POLL = 0.5
+_LARGEST_ANSWER = 64 << 20  # bytes, and four times what was asked
+_NAMING = "name"
+"""Asks a node for its name, where its key does not tell it."""
+
+
+@runtime_checkable
+class Post(Protocol):
+    """Carries messages to nodes."""
+
+    def online(self) -> Mapping[int, int]:
+        """Return the nodes that are there, with how often each has come.
+
+        One time more, and what it was asked before is lost.
+        """
+        ...
+
+    def push(self, node: int, parcel: Parcel, seconds: float) -> str:
+        """Send a parcel and return the message's id."""
+        ...
+
+    def pull(self, ids: set[str]) -> list[tuple[str, Parcel | Refused | None]]:
+        """Return what has been answered to messages; None to one that is lost."""
+        ...
+
+    def forget(self, ids: set[str]) -> None:
+        """Answers to these come too late."""
+        ...
+
+
+@dataclass
+class FlowerSites:
+    """Sites over a post. Names are those of the nodes' keys, or what nodes say their name is."""
+
+    post: Post
+    names: dict[int, str] = field(default_factory=dict[int, str])
+    named_by_key: bool = False
+    bytes_sent: dict[str, int] = field(default_factory=dict[str, int])
+    bytes_received: dict[str, int] = field(default_factory=dict[str, int])
+
+    def ask(
+        self, parcels: Mapping[str, Parcel], seconds: float
+    ) -> Iterator[tuple[str, Parcel | Refused]]:
+        """Send every site its parcel and yield answers as they come, until all are there or time is up."""
+        waiting = dict(parcels)
+        asked: dict[str, tuple[str, int, int]] = {}  # message id → site, node, its coming
+        end, pause = time.monotonic() + seconds, _POLL
+        try:
+            while (waiting or asked) and time.monotonic() < end:
+                online = self.post.online()
+                for id_, (name, node, coming) in list(asked.items()):
+                    if online.get(node) != coming:  # it has gone, or was restarted
+                        del asked[id_]
+                        self.post.forget({id_})
+                        if name not in waiting and name in parcels:
+                            waiting[name] = parcels[name]
+                there = {self.names[n]: n for n in online if n in self.names}
+                for name in [name for name in waiting if name in there]:
+                    node, parcel = there[name], waiting.pop(name)
+                    left = max(1.0, end - time.monotonic())
+                    id_ = self.post.push(node, parcel, left)
+                    asked[id_] = name, node, online[node]
+                    self.bytes_sent[name] = self.bytes_sent.get(name, 0) + parcel.size
+                if not self.named_by_key:
+                    self._ask_names(set(online) - set(self.names), end)
+                found = self.post.pull(set(asked)) if asked else []
+                for id_, answer in found:
+                    name, _, _ = asked.pop(id_)
+                    if answer is None:
+                        waiting[name] = parcels[name]
+                        continue
+                    if isinstance(answer, Parcel):
+                        self.bytes_received[name] = self.bytes_received.get(name, 0) + answer.size
+                    yield name, answer
+                pause = _POLL if found else min(_SLOWEST_POLL, pause * 1.2)
+                if waiting or asked:
+                    time.sleep(max(0.0, min(pause, end - time.monotonic())))
+        finally:
+            self.post.forget(set(asked))
+
+    def _ask_names(self, nodes: set[int], end: float) -> None:
+        """Hear the names of nodes that no key tells; a name is its who has taken it last."""
+        asked = {self.post.push(node, Parcel(_NAMING), 30.0): node for node in nodes}
+        until = min(end, time.monotonic() + 5.0)
+        while asked and time.monotonic() < until:
+            for id_, answer in self.post.pull(set(asked)):
+                node = asked.pop(id_)
+                name = answer.told.get("name") if isinstance(answer, Parcel) else None
+                if isinstance(name, str):
+                    for other in [n for n, taken in self.names.items() if taken == name]:
+                        del self.names[other]
+                    self.names[node] = name
+            if asked:
+                time.sleep(_POLL)
+        self.post.forget(set(asked))
+
+
+def named(parcel: Parcel, name: str) -> Parcel | None:
+    """Return a node's answer when it is asked for its name, None when it is asked for something else."""
+    return Parcel("named", {"name": name}) if parcel.kind == _NAMING else None
+
+
+@dataclass
+class LinkPost:
+    """The post of the coordinator's own link, without a network in between."""
+
+    link: Link
+    _coming: dict[str, Message] = field(default_factory=dict[str, Message])
+    _node_of: dict[str, int] = field(default_factory=dict[str, int])
+
+    def online(self) -> Mapping[int, int]:
+        """Return the nodes that are there."""
+        return self.link.online()
+
+    def push(self, node: int, parcel: Parcel, seconds: float) -> str:
+        """Put a message where its node pulls it; equal contents are kept once."""
+        state = self.link.state
+        # nobody can guess the id of a message to somebody else, and answer in its place
+        group = secrets.token_hex(16)
+        message = Message(as_records(parcel), node, KIND, ttl=seconds, group_id=group)
+        with no_object_id_recompute():
+            message.metadata.__dict__["_message_id"] = message.object_id
+            session = state.start_session(self.link.run_id)
+            tree = get_object_tree(message)
+            bare = remove_content_from_message(message)
+            stored, missing = state.store_message_and_object_tree(bare, tree, session)
+            if not stored:
+                raise PomonaError(f"Flower does not take a message to node {node}")
+            objects = get_all_nested_objects(message)
+            for id_ in missing:
+                state.store_object(self.link.run_id, session, id_, objects[id_].deflate())
+        mail = self.link.mail
+        mail.largest = max(mail.largest, _LARGEST_ANSWER + 4 * parcel.size)
+        mail.add(node)
+        self._node_of[message.metadata.message_id] = node
+        return message.metadata.message_id
+
+    def pull(self, ids: set[str]) -> list[tuple[str, Parcel | Refused | None]]:
+        """Return the answers whose every chunk has come."""
+        state = self.link.state
+        for reply in state.get_message_res(ids - set(self._coming), self.link.run_id):
+            self._coming[reply.metadata.reply_to_message_id] = reply
+        found: list[tuple[str, Parcel | Refused | None]] = []
+        for id_ in ids & set(self._coming):
+            reply, node = self._coming[id_], self._node_of[id_]
+            if reply.has_error():
+                found.append((id_, None))
+            elif node in self.link.mail.too_large:
+                self.link.mail.too_large.discard(node)
+                found.append((id_, Refused("its answer is larger than any may be")))
+            else:
+                contents = self._contents(reply.metadata.message_id)
+                if contents is None:
+                    continue
+                found.append((id_, _read(reply.metadata.message_id, contents)))
+            self.forget({id_})
+        return found
+
+    def forget(self, ids: set[str]) -> None:
+        """Remove messages and what has come of their answers."""
+        state = self.link.state
+        for id_ in ids:
+            reply = self._coming.pop(id_, None)
+            self._node_of.pop(id_, None)
+            if reply is not None and not reply.has_error():
+                state.object_store.delete(reply.metadata.message_id)
+            state.object_store.delete(id_)
+        state.delete_messages(ids)
+
+    def _contents(self, id_: str) -> dict[str, bytes] | None:
+        """Return a message's objects, None while one is missing."""
+        names = self.link.store.complete(id_)
+        if names is None:
+            return None
+        return {name: self.link.store.get(name) or b"" for name in names}
+
+
+def _read(id_: str, contents: dict[str, bytes]) -> Parcel | Refused:
+    try:
+        message = inflate_object_from_contents(id_, contents)
+        return refused_or(from_records(message.content))  # pyright: ignore[reportAttributeAccessIssue]
+    except (PomonaError, ValueError, TypeError, KeyError) as error:
+        return Refused(f"its message cannot be read: {str(error)[:200]}")
+
+
+def refused_or(parcel: Parcel) -> Parcel | Refused:
+    """Return what a site says instead of an answer as what it is."""
+    return Refused(str(parcel.told.get("reason"))) if parcel.kind == "refused" else parcel

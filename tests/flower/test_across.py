@@ -1,0 +1,167 @@
+"""A federation across sites over HTTP: the same as in one process, whatever is federated and how."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from loopback import run_across, sites_of
+from safetensors.torch import load_file
+
+from pomona.artifacts.run import RunDirectory
+from pomona.errors import PomonaError
+from pomona.federate import federate
+from pomona.federate.across import Patience
+from pomona.federation.dp_sgd import DPSGD
+from pomona.federation.early_stop import EarlyStop
+from pomona.federation.local import LocalTraining
+from pomona.federation.privacy import Privacy
+from pomona.federation.settings import FederateSettings, Finish
+from pomona.federation.shared_expert import SharedGraft
+from pomona.federation.strategies import (
+    FedAvg,
+    FedSALoRA,
+    FFALoRA,
+    FlexLoRA,
+    FLoRA,
+    LocalOnly,
+    Median,
+    Scaffold,
+    Tilted,
+)
+from pomona.models.lora import LoRA
+from pomona.recipe import dump
+
+SHARED = "shared/adapter_model.safetensors"
+
+
+def in_process(settings: FederateSettings, path: Path) -> dict:
+    """The same federation with every client alone in its batch, as a site is."""
+    alone = replace(settings, cohort=1)
+    with RunDirectory.open(path, dump(alone), {"method": "x", "seed": settings.seed}) as run:
+        return federate(alone, run, device="cpu")
+
+
+def without_bytes(path: Path) -> Counter[str]:
+    """The lines of metrics, without what stays at sites and what counts messages."""
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    kept = [
+        {k: v for k, v in line.items() if k not in ("counts", "openness", "rows", "tokens")}
+        for line in lines
+    ]
+    return Counter(json.dumps(line, sort_keys=True) for line in kept)
+
+
+def assert_same(one: Path, other: Path, states: Path, names: list[str]) -> None:
+    """Shared weights, metrics and every client's own folders are the same bytes."""
+    if (one / SHARED).is_file():
+        assert (one / SHARED).read_bytes() == (other / SHARED).read_bytes()
+    assert without_bytes(one) == without_bytes(other)
+    for name in names:
+        for path in (one / "clients" / name).rglob("*.safetensors"):
+            own = states / name / "run/clients" / name / path.relative_to(one / "clients" / name)
+            assert path.read_bytes() == own.read_bytes(), path
+
+
+VARIANTS = {
+    "flex": {"strategy": Tilted(), "shared_expert": SharedGraft(rank=2), "personal": LoRA(2, 4.0)},
+    "scaffold": {"strategy": Scaffold()},
+    "flora": {"strategy": FLoRA(), "graft": None},
+    "flexlora, ranks": {"strategy": FlexLoRA(), "ranks": {"pears": 1}},
+    "ffa": {"strategy": FFALoRA()},
+    "fedsa": {"strategy": FedSALoRA()},
+    "local only": {"strategy": LocalOnly()},
+    "median": {"strategy": Median()},
+    "central privacy": {"privacy": Privacy(1.0, 0.5)},
+    "local privacy": {"privacy": Privacy(1.0, 0.5, "local")},
+    "dp-sgd": {"local": LocalTraining(steps=2, batch=2, dp_sgd=DPSGD(1.0, 0.5)), "graft": None},
+    "a late one, a new one": {"joins": {"plums": 2}, "newcomers": ("apples",), "finish": Finish(2)},
+    "early stop": {"early_stop": EarlyStop(every=1, patience=1)},
+    "some lost": {"dropout": 0.4, "fraction": 0.7},
+}
+OFTEN = ("flex", "scaffold", "a late one, a new one", "local privacy")
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [v if v in OFTEN else pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS],
+)
+def test_sites_end_with_the_bytes_of_a_simulation(settings, variant, tmp_path):
+    settings = replace(settings, **VARIANTS[variant])
+    ours = in_process(settings, tmp_path / "alone")
+    with sites_of(settings, tmp_path / "sites") as (sites, _):
+        found = run_across(settings, tmp_path, sites)
+    names = list(settings.load())
+    assert_same(tmp_path / "alone", tmp_path / "run", tmp_path / "sites", names)
+    for model in ("base", "shared", "personal"):
+        assert found[model] == ours[model]
+
+
+def test_a_cohort_of_all_agrees_but_for_the_last_bits(settings, tmp_path):
+    with RunDirectory.open(tmp_path / "all", dump(settings), {"method": "x", "seed": 0}) as run:
+        federate(settings, run, device="cpu")
+    in_process(settings, tmp_path / "alone")
+    one, other = (load_file(tmp_path / path / SHARED) for path in ("all", "alone"))
+    for name, value in one.items():
+        assert value.allclose(other[name], atol=1e-6), name
+
+
+def test_a_coordinator_that_stops_goes_on_where_it_was(settings, tmp_path):
+    in_process(settings, tmp_path / "alone")
+    with sites_of(settings, tmp_path / "sites") as (sites, threads):
+        stopping = replace(settings, rounds=3)
+        commit = RunDirectory.commit
+
+        def once(self, previous, round_, *rest):
+            if round_ == 2 and self.path == tmp_path / "run":
+                raise KeyboardInterrupt
+            return commit(self, previous, round_, *rest)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(RunDirectory, "commit", once)
+            with pytest.raises(KeyboardInterrupt):
+                run_across(stopping, tmp_path, sites)
+        run_across(stopping, tmp_path, sites)
+        trained = [p.told["round"] for p in threads["pears"].asked if p.kind == "train"]
+        sent = [p.tensors for p in threads["pears"].sent if p.kind == "update"]
+    assert trained == [1, 2, 2, 3]
+    assert sent[1] == sent[2]
+    assert_same(tmp_path / "alone", tmp_path / "run", tmp_path / "sites", list(settings.load()))
+
+
+def test_a_site_that_has_gone_on_refuses_a_coordinator_that_is_behind(settings, tmp_path):
+    short = replace(settings, rounds=2, evaluation=replace(settings.evaluation, every=9))
+    told: list[str] = []
+    with sites_of(settings, tmp_path / "sites") as (sites, _):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("pomona.federate.coordinate._finished", lambda *_: {})
+            run_across(short, tmp_path, sites)
+        for path in sorted((tmp_path / "run").rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        with pytest.raises(PomonaError, match="round 1: 0 of 3 sites have answered"):
+            run_across(short, tmp_path, sites, Patience(deadline=20, retries=0), told)
+    refusals = [sentence for sentence in told if "does not count" in sentence]
+    assert len(refusals) == 3
+    assert "has finished round 2, but the coordinator asks for round 1" in refusals[0]
+
+
+def test_what_cannot_go_across_sites_is_refused(settings, tmp_path):
+    with sites_of(settings, tmp_path / "sites") as (sites, _):
+        with pytest.raises(PomonaError, match="pooled needs everybody's rows in one place"):
+            run_across(replace(settings, pooled=True), tmp_path, sites)
+        with pytest.raises(PomonaError, match='there is no client "cherries"'):
+            run_across(replace(settings, newcomers=("cherries",)), tmp_path / "other", sites)
+
+
+def test_results_of_sites_make_a_report(settings, tmp_path):
+    from pomona.artifacts.report import write_report
+
+    settings = replace(settings, strategy=FedAvg())
+    with sites_of(settings, tmp_path / "sites") as (sites, _):
+        run_across(settings, tmp_path, sites)
+    write_report([tmp_path / "run"], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert all(name in page for name in settings.load())
+    own = tmp_path / "sites/pears/run"
+    write_report([own], tmp_path / "own.html")
