@@ -7,11 +7,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import now_and_then, word_text
+from refusals import Refusal, sentence
 
 from pomona.cli.app import main
 from pomona.data.formats import Mapped
@@ -32,31 +33,6 @@ windows = 4
 length = 32
 affinity_windows = 2
 """
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Run the command line in this process and expect one sentence."""
-
-    monkeypatch: pytest.MonkeyPatch
-    capsys: pytest.CaptureFixture[str]
-
-    def __call__(self, *arguments: object) -> str:
-        self.monkeypatch.setattr(sys, "argv", ["pomona", *map(str, arguments)])
-        self.capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return sentence(ended.value.code, self.capsys.readouterr().err)
-
-
-def sentence(code: object, stderr: str) -> str:
-    """Return the one sentence that a mistake ends in."""
-    assert code == 2, stderr
-    assert "Traceback" not in stderr
-    lines = stderr.splitlines()
-    assert len(lines) == 1, stderr
-    assert lines[0].startswith("error: ")
-    return lines[0]
 
 
 @pytest.fixture

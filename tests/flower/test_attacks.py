@@ -65,7 +65,7 @@ ATTACKS: list[tuple[Callable[[Parcel, list[Parcel]], Parcel], str]] = [
         lambda a, _: with_tensors(a, lambda t: [v.mul_(1e5) for v in t.values()]),
         "more than 10 times one plus the norm",
     ),
-    (lambda a, sent: sent[0], "is not one to round 8"),
+    (lambda a, sent: sent[0], "is not one to round 9"),
     (lambda a, _: replace(a, tensors=pickle.dumps(Bomb())), "the tensors are no safetensors"),
     (
         lambda a, _: replace(a, told={**a.told, "rows": 10**9}),
@@ -81,7 +81,8 @@ ATTACKS: list[tuple[Callable[[Parcel, list[Parcel]], Parcel], str]] = [
 def test_every_attack_is_rejected_and_named_and_the_round_goes_on(settings, tmp_path):
     """Round 1 is honest; after it every round has one of the attacks, of one site of three."""
     evaluation = replace(settings.evaluation, every=99)
-    settings = replace(settings, rounds=1 + len(ATTACKS), evaluation=evaluation)
+    local = replace(settings.local, steps=1)
+    settings = replace(settings, rounds=1 + len(ATTACKS), evaluation=evaluation, local=local)
     honest: list[Parcel] = []
 
     def twist(asked: Parcel, answer: Parcel) -> Parcel:

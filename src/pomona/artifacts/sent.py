@@ -22,7 +22,10 @@ class _Kept:
 
 @dataclass(frozen=True)
 class Sent:
-    """The answers of the last rounds in a site's run folder; one is final when its round is committed."""
+    """The answers of the last rounds in a site's run folder; one is final when its round is committed.
+
+    As round 0 it keeps what the site was told first.
+    """
 
     folder: Path
 
@@ -34,6 +37,13 @@ class Sent:
         kept = _Kept(_digest(asked), digest, answer.kind, dict(answer.told))
         write_json(self._told(round_), asdict(kept))
 
+    def asked(self, round_: int) -> Parcel | None:
+        """Return what was kept as both question and answer, None where nothing was."""
+        if not self._told(round_).is_file():
+            return None
+        kept = read_as(self._told(round_), _Kept)
+        return Parcel(kept.kind, kept.told, self._read(round_, kept))
+
     def of(self, round_: int, asked: Parcel) -> Parcel:
         """Return the answer to a round; raises `PomonaError` when something else was asked then."""
         kept = read_as(self._told(round_), _Kept)
@@ -42,6 +52,9 @@ class Sent:
                 f"round {round_} is finished here, and was trained from other shared tensors than the "
                 "coordinator sends now; restore the coordinator's run folder, or start anew with new --state"
             )
+        return Parcel(kept.kind, kept.told, self._read(round_, kept))
+
+    def _read(self, round_: int, kept: _Kept) -> bytes:
         path = self._tensors(round_)
         try:
             tensors = path.read_bytes()
@@ -49,13 +62,13 @@ class Sent:
             raise cannot_read(path, error) from error
         if hashlib.sha256(tensors).hexdigest() != kept.sha256:
             raise damaged(path, "its content is not what was sent")
-        return Parcel(kept.kind, kept.told, tensors)
+        return tensors
 
     def forget_before(self, round_: int) -> None:
         """Remove the answers of earlier rounds."""
         for path in self.folder.glob("sent.*"):
             number = path.name.split(".")[1]
-            if number.isdigit() and int(number) < round_:
+            if number.isdigit() and 0 < int(number) < round_:
                 path.unlink(missing_ok=True)
 
     def _tensors(self, round_: int) -> Path:

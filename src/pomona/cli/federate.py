@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from pomona.cli.unbegun import entries_of, forget_unbegun
 from pomona.errors import PomonaError
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML file of the federation.")]
@@ -67,12 +68,12 @@ def federate(
         return
     assert out is not None
     about = {"command": ["pomona", *sys.argv[1:]], "method": settings.name, "seed": settings.seed}
-    before = _entries(out)
+    before = entries_of(out)
     with RunDirectory.open(out, dump(settings), about) as run, progress_bars() as progress:
         try:
             run_federation(settings, run, progress, console.print, device)
         except BaseException:
-            _forget_unbegun(out, before)
+            forget_unbegun(out, before)
             raise
     print_comparison([out])
     console.print(f"results in {out}; as a page: pomona report {out} --out report.html")
@@ -85,20 +86,3 @@ def _check_options(out: Path | None, dry_run: bool, tflops: float | None) -> Non
         raise PomonaError("--tflops goes with --dry-run; give both or neither")
     if tflops is not None and not 0 < tflops < inf:
         raise PomonaError(f"--tflops {tflops} is no rate; give a positive number")
-
-
-def _entries(out: Path) -> set[Path] | None:
-    try:
-        return set(out.iterdir())
-    except OSError:  # absent; or it cannot be read, which opening it as a run will tell
-        return None
-
-
-def _forget_unbegun(out: Path, before: set[Path] | None) -> None:
-    """Leave the folder as it was if nothing was computed: another recipe may use it."""
-    if (out / "checkpoint").exists():
-        return
-    for path in set(out.iterdir()) - (before or set()):
-        path.unlink()
-    if before is None:
-        out.rmdir()

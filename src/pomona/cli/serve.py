@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from pomona.cli.join import check_security
+from pomona.cli.unbegun import entries_of, forget_unbegun
 from pomona.errors import PomonaError
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML file of the federation.")]
@@ -101,19 +102,25 @@ def serve(
         "seed": settings.seed,
         "federation": token_hex(8),
     }
-    for number in (signal.SIGTERM,):
-        signal.signal(number, _interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
+    before = entries_of(out)
     with RunDirectory.open(out, dump(settings), about) as run, progress_bars() as progress:
-        log = Log(out / "serve.log")
-        digest = model_digest(inputs_of(settings.model, {}).model)
-        log.tell(f"recipe {recipe_digest(text)}, base model {digest}")
-        admitted = None if own is None else {name: own.sites[name] for name in names}
-        link = Link(host, port, out / "messages", own and own.certificate, admitted)
-        with link:
-            sites = FlowerSites(LinkPost(link), dict(link.names), own is not None)
-            log.tell(f"listening on {host}:{port} for {', '.join(names)}")
-            with _told(out, sites, names, log, link):
-                coordinate(settings, run, text, names, sites, patience, progress, log.tell, device)
+        try:
+            log = Log(out / "serve.log")
+            digest = model_digest(inputs_of(settings.model, {}).model)
+            log.tell(f"recipe {recipe_digest(text)}, base model {digest}")
+            admitted = None if own is None else {name: own.sites[name] for name in names}
+            link = Link(host, port, out / "messages", own and own.certificate, admitted)
+            with link:
+                sites = FlowerSites(LinkPost(link), dict(link.names), own is not None)
+                log.tell(f"listening on {host}:{port} for {', '.join(names)}")
+                with _told(out, sites, names, log, link):
+                    coordinate(
+                        settings, run, text, names, sites, patience, progress, log.tell, device
+                    )
+        except BaseException:
+            forget_unbegun(out, before)
+            raise
     print_comparison([out])
     log.tell(f"results in {out}")
 

@@ -34,7 +34,7 @@ from pomona.models.experts import (
     freeze,
 )
 from pomona.models.frozen_experts import use_frozen_experts
-from pomona.models.loading import context_length, load_model, load_tokenizer
+from pomona.models.loading import Load, context_length, load_model, load_tokenizer
 from pomona.models.lora import narrowed, of_rank
 from pomona.models.packing import can_pack
 from pomona.models.placement import moved
@@ -115,10 +115,11 @@ def prepare(
     tell: Tell,
     holdings: Holdings,
     devices: Sequence[torch.device],
+    load: Load = load_model,
 ) -> Federation:
     """Load the model onto the devices, encode every row; raises `PomonaError` for what does not go together."""
     tokenizer, (device, *others) = load_tokenizer(settings.model), devices
-    base = frozen_base(settings, moved(load_model(settings.model, settings.dtype), device))
+    base = frozen_base(settings, moved(load(settings.model, settings.dtype), device))
     use_frozen_experts(base.model)
     said = settings.rehearsal.length if settings.rehearsal else 0
     base = replace(base, packs=can_pack(base.model, max(settings.max_length, said)))

@@ -30,6 +30,7 @@ from pomona.federation.holdings import holdings_of
 from pomona.federation.measure import communication, message_bytes
 from pomona.federation.settings import FederateSettings
 from pomona.federation.strategies import ServerState
+from pomona.models.loading import Load, load_model
 from pomona.models.placement import find_devices
 from pomona.models.received import decoded, encoded
 from pomona.parcel import Parcel
@@ -44,7 +45,7 @@ class Site:
     """What a site is, before any coordinator has asked it anything.
 
     `read` makes settings of a recipe's text (`pomona.recipe`), with the site's model in the place of the
-    coordinator's.
+    coordinator's; `load` loads that.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Site:
     read: Callable[[str, str], FederateSettings] = field(repr=False)
     policy: Policy = field(default_factory=Policy)
     device: str = "auto"
+    load: Load = field(default=load_model, repr=False)
     progress: Progress = field(default=silent, repr=False)
     tell: Tell = field(default=unheard, repr=False)
 
@@ -70,9 +72,10 @@ class Member:
         self.site.policy.check_size("comes in", asked.size)
         if asked.kind == "hello":
             answer = self._hello(asked)
-        elif self._joined is None or self._joined.federation_id != asked.told.get("federation"):
+        elif not self._goes_on(asked.told.get("federation")):
             return Parcel("unknown")
         else:
+            assert self._joined is not None
             work = {
                 "train": self._joined.train,
                 "evaluate": self._joined.evaluate,
@@ -98,7 +101,16 @@ class Member:
         if self._joined is None or self._joined.federation_id != told["federation"]:
             self.close()
             self._joined = _joined(self.site, asked)
+            Sent(self.site.state / "run").keep(0, asked, asked)
         return self._joined.presented()
+
+    def _goes_on(self, federation: object) -> bool:
+        """Whether this site is in a federation; one that was restarted goes on as it was told before."""
+        if self._joined is None:
+            told = Sent(self.site.state / "run").asked(0)
+            if told is not None and told.told.get("federation") == federation:
+                self._joined = _joined(self.site, told)
+        return self._joined is not None and self._joined.federation_id == federation
 
 
 @dataclass
@@ -243,7 +255,8 @@ def _joined(site: Site, asked: Parcel) -> _Joined:
         run.claim(inputs)
         holdings = holdings_of(rows)
         devices = find_devices(site.device)
-        prepared = prepare(settings, run, rows, site.progress, site.tell, holdings, devices)
+        telling = (site.progress, site.tell)
+        prepared = prepare(settings, run, rows, *telling, holdings, devices, site.load)
         federation = paced(prepared, inputs)
         if asked.tensors:
             first = {n: v.to(federation.base.device) for n, v in decoded(asked.tensors).items()}

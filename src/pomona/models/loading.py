@@ -1,9 +1,9 @@
 """Open a model and its tokenizer as transformers does, with a sentence for whatever is wrong."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -21,6 +21,8 @@ from pomona.files import read_object
 from pomona.models.weights import Checkpoint
 
 Dtype = Literal["auto", "float32", "bfloat16"]
+Load: TypeAlias = Callable[[str, Dtype], PreTrainedModel]
+"""Loads a model from a folder or a Hub id."""
 
 
 def load_model(source: str | Path, dtype: Dtype = "auto") -> PreTrainedModel:

@@ -1,0 +1,1 @@
+"""Pomona as an app of Flower: what Flower packs names what is installed."""
