@@ -165,3 +165,22 @@ def test_results_of_sites_make_a_report(settings, tmp_path):
     assert all(name in page for name in settings.load())
     own = tmp_path / "sites/pears/run"
     write_report([own], tmp_path / "own.html")
+
+
+def test_a_site_that_is_away_is_not_waited_for_until_the_deadline(settings, tmp_path):
+    """Of three sites one leaves after the first round; the others end, and the deadline is an hour."""
+    patience = Patience(deadline=3600, absence=0.5)
+    with sites_of(settings, tmp_path / "sites") as (sites, threads):
+        leaving = threads["plums"]
+
+        def once(asked, answer):
+            if asked.kind == "train":
+                leaving.node.stopped.set()
+            return answer
+
+        leaving.twist = once
+        found = run_across(settings, tmp_path, sites, patience)
+    assert list(found["personal"]["clients"]) == ["apples", "pears"]
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    trained = Counter(line["client"] for line in lines if line["model"] == "training")
+    assert trained == {"apples": 3, "pears": 3, "plums": 1}

@@ -189,7 +189,7 @@ def test_a_site_that_hangs_is_not_waited_for_for_ever(running):
 
 
 def test_too_few_answers_end_in_a_sentence_and_the_round_is_done_later(running, undisturbed):
-    coordinator = running.serve("--quorum", "1", "--deadline", "5", "--retries", "1")
+    coordinator = running.serve("--quorum", "1", "--deadline", "25", "--retries", "1")
     pears = [running.join(name) for name in NAMES][-1]
     pears.wait_for("train of round 1: update")
     pears.kill()

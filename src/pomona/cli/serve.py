@@ -32,6 +32,9 @@ Names = Annotated[
 Deadline = Annotated[
     float, typer.Option("--deadline", help="Seconds that a round waits for answers.")
 ]
+Absence = Annotated[
+    float, typer.Option("--absence", help="Seconds that sites which are away are waited for.")
+]
 Quorum = Annotated[
     float, typer.Option("--quorum", help="Share of the sites asked that has to answer.")
 ]
@@ -62,6 +65,7 @@ def serve(
     keys: Keys = None,
     site: Names = None,
     deadline: Deadline = 600.0,
+    absence: Absence = 60.0,
     quorum: Quorum = 0.5,
     retries: Retries = 2,
     largest_change: Largest = 10.0,
@@ -92,7 +96,7 @@ def serve(
 
     absolute = str(Path(model).resolve()) if model and Path(model).exists() else model
     settings = read_recipe(recipe, FederateSettings, {"model": absolute, "seed": seed})
-    patience = Patience(deadline, quorum, retries, largest_change)
+    patience = Patience(deadline, absence, quorum, retries, largest_change)
     own = None if keys is None else coordinator_keys(keys)
     names = _names(site, None if own is None else list(own.sites))
     text = for_sites(settings)

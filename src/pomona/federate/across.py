@@ -4,9 +4,11 @@ The rounds are those of a simulation. A site's answer is looked at before it cou
 all are there: the server holds one at a time, and takes them in the order of names.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import ceil
+from time import monotonic
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -42,11 +44,15 @@ class Sites(Protocol):
     """Asks sites, and hears their answers; what carries the messages is its own affair."""
 
     def ask(
-        self, parcels: Mapping[str, Parcel], seconds: float
+        self,
+        parcels: Mapping[str, Parcel],
+        seconds: float,
+        enough: Callable[[Set[str]], bool] = lambda away: False,
     ) -> Iterator[tuple[str, Parcel | Refused]]:
         """Send every site its parcel and yield answers as they come, until all are there or time is up.
 
-        A site that is away is waited for, and asked when it is back.
+        A site that is away is waited for, and asked when it is back. Who has another parcel in `parcels` when
+        the next answer is asked for is sent that too. `enough` is told now and then who is away, and ends it.
         """
         ...
 
@@ -56,11 +62,13 @@ class Patience:
     """How long a round waits, and how many answers it needs to count.
 
     A round ends when everybody who was asked has answered, or after `deadline` seconds if at least the share
-    `quorum` of them has. Otherwise the others are asked again, `retries` times. A change whose norm is more
-    than `largest_change` times one plus that of what was sent is rejected.
+    `quorum` of them has; if all the others are away, after `absence` seconds more. Otherwise they are asked
+    again, `retries` times. A change whose norm is more than `largest_change` times one plus that of what was
+    sent is rejected.
     """
 
     deadline: float = 600.0
+    absence: float = 60.0
     quorum: float = 0.5
     retries: int = 2
     largest_change: float = 10.0
@@ -68,6 +76,8 @@ class Patience:
     def __post_init__(self) -> None:
         if not 0 < self.deadline < float("inf"):
             raise PomonaError(f"deadline {self.deadline} is no time; give seconds, for example 600")
+        if not 0 <= self.absence < float("inf"):
+            raise PomonaError(f"absence {self.absence} is no time; give seconds, for example 60")
         if not 0 < self.quorum <= 1:
             raise PomonaError(f"quorum {self.quorum} is no share of the sites; use for example 0.5")
         if self.retries < 0:
@@ -105,20 +115,36 @@ class Across:
         rank = self.settings.ranks.get(client)
         return tensors if rank is None else narrowed(tensors, rank)
 
-    def greet(self, names: Sequence[str], seconds: float) -> None:
+    def greet(self) -> None:
         """Tell sites what the federation is, and hear who they are; who does not answer is left out."""
-        first = encoded(self.server_first) if self.settings.warm_start else b""
+        waiting, here = dict.fromkeys(self.clients), set[str]()
+        enough = self._enough(waiting, here, self.patience.least(len(waiting)))
+        parcels = {name: self._hello(name) for name in waiting}
+        for name, answer in self.sites.ask(parcels, self.patience.deadline, enough):
+            waiting.pop(name, None)
+            if self._heard(name, answer):
+                here.add(name)
+
+    def _hello(self, name: str) -> Parcel:
         told = {
             "federation": self.federation_id,
             "recipe": self.recipe,
             "model": self.inputs.model,
+            "site": name,
         }
-        parcels = {name: Parcel("hello", {**told, "site": name}, first) for name in names}
-        for name, answer in self.sites.ask(parcels, seconds):
-            try:
-                self.present[name] = presented(name, not_refused(answer), self.inputs.model)
-            except PomonaError as error:
-                self.tell(f'site "{name}" does not take part: {error}')
+        return Parcel("hello", told, self._first)
+
+    @cached_property
+    def _first(self) -> bytes:
+        return encoded(self.server_first) if self.settings.warm_start else b""
+
+    def _heard(self, name: str, answer: Parcel | Refused) -> bool:
+        """Note what a site says of itself, and tell whether it takes part."""
+        try:
+            self.present[name] = presented(name, not_refused(answer), self.inputs.model)
+        except PomonaError as error:
+            self.tell(f'site "{name}" does not take part: {error}')
+        return name in self.present
 
     def train(
         self, snapshot: Snapshot, names: Sequence[str], round_: int, finish: Finish | None = None
@@ -207,44 +233,75 @@ class Across:
         what: str,
     ) -> None:
         """Ask until enough have answered; raises `PomonaError` when they do not."""
-        asked = list(messages)
-        waiting, least = dict.fromkeys(asked), self.patience.least(len(asked))
-        answered: set[str] = set()
+        least = self.patience.least(len(messages))
+        waiting, answered = dict.fromkeys(messages), set[str]()
         for attempt in range(self.patience.retries + 1):
-            strangers = [name for name in waiting if name not in self.present]
-            if strangers:
-                self.greet(strangers, self.patience.deadline)
-            parcels = {
-                name: Parcel(kind, {"federation": self.federation_id, **told}, messages[name])
-                for name in waiting
-                if name in self.present
-            }
-            self.progress(what, len(answered), len(asked))
-            for name, answer in self.sites.ask(parcels, self.patience.deadline):
-                if isinstance(answer, Parcel) and answer.kind == "unknown":
-                    self.present.pop(name, None)  # it was started anew, and is told again
-                    continue
-                waiting.pop(name, None)
-                try:
-                    keep(name, not_refused(answer))
-                except PomonaError as error:
-                    self.tell(f'{what}: site "{name}" does not count: {error}')
-                else:
-                    answered.add(name)
-                self.progress(what, len(answered), len(asked))
+            self._ask(kind, told, messages, keep, what, (waiting, answered))
             if not waiting or len(answered) >= least:
                 break
-            missing = ", ".join(waiting)
-            again = attempt < self.patience.retries
+            again = "; they are asked again" if attempt < self.patience.retries else ""
             self.tell(
-                f"{what}: {len(answered)} of {len(asked)} sites have answered and {least} are needed; missing: "
-                f"{missing}{'; they are asked again' if again else ''}"
+                f"{what}: {len(answered)} of {len(messages)} sites have answered and {least} are needed; "
+                f"missing: {', '.join(waiting)}{again}"
             )
-        if len(answered) < min(least, len(asked)):
+        if len(answered) < min(least, len(messages)):
             raise PomonaError(
-                f"{what}: {len(answered)} of {len(asked)} sites have answered and {least} are needed; start "
+                f"{what}: {len(answered)} of {len(messages)} sites have answered and {least} are needed; start "
                 "the missing ones and run the same command again to go on with this round, or lower --quorum"
             )
+
+    def _ask(
+        self,
+        kind: str,
+        told: Mapping[str, Any],
+        messages: Mapping[str, bytes],
+        keep: Callable[[str, Parcel], None],
+        what: str,
+        progress: tuple[dict[str, None], set[str]],
+    ) -> None:
+        """Ask those who are waited for, once; a site that knows nothing yet is told first."""
+        waiting, answered = progress
+        work = {
+            name: Parcel(kind, {"federation": self.federation_id, **told}, messages[name])
+            for name in waiting
+        }
+        parcels = {name: work[name] if name in self.present else self._hello(name) for name in work}
+        self.progress(what, len(answered), len(messages))
+        enough = self._enough(waiting, answered, self.patience.least(len(messages)))
+        for name, answer in self.sites.ask(parcels, self.patience.deadline, enough):
+            if parcels[name].kind == "hello":
+                if self._heard(name, answer):
+                    parcels[name] = work[name]
+                else:
+                    waiting.pop(name)
+                continue
+            if isinstance(answer, Parcel) and answer.kind == "unknown":
+                parcels[name] = self._hello(name)  # its state is new
+                continue
+            waiting.pop(name, None)
+            try:
+                keep(name, not_refused(answer))
+            except PomonaError as error:
+                self.tell(f'{what}: site "{name}" does not count: {error}')
+            else:
+                answered.add(name)
+            self.progress(what, len(answered), len(messages))
+
+    def _enough(
+        self, waiting: Mapping[str, None], answered: Set[str], least: int
+    ) -> Callable[[Set[str]], bool]:
+        """Return what tells that enough have answered and the others have been away for long."""
+        since: list[float] = []
+
+        def enough(away: Set[str]) -> bool:
+            if len(answered) < least or not waiting.keys() <= away:
+                since.clear()
+                return False
+            if not since:
+                since.append(monotonic())
+            return monotonic() - since[0] >= self.patience.absence
+
+        return enough
 
     def _messages(self, names: Sequence[str], tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
         """Return what every site is sent; those of the same rank share the bytes."""

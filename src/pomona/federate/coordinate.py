@@ -68,7 +68,7 @@ def coordinate(
         progress,
         tell,
     )
-    engine.greet(engine.clients, patience.deadline)
+    engine.greet()
     snapshot = run.snapshot([]) or _begun(engine)
     snapshot = through_rounds(engine, snapshot)
     return _finished(engine, snapshot)

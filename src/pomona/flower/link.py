@@ -42,7 +42,7 @@ _AT_ONCE = 4  # answers' chunks that are read into memory at the same time
 _LARGEST_REQUEST = 16 << 20  # Flower's chunks have 5 MB
 _BEAT = 20.0
 _LONG_POLL, _POLL = 5.0, 0.02
-logging.getLogger("flwr").setLevel(logging.ERROR)
+logging.getLogger("flwr").setLevel(logging.CRITICAL)  # what matters is told in our own words
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,12 @@ class Link:
             self.names[node] = name
         self._begin_run()
         self._app = _app(factory, self.keys is not None, self.mail)
-        self._serve(self._app)
+        try:
+            self._serve(self._app)
+        except BaseException:
+            self._over.set()
+            self.store.close()
+            raise
         return self
 
     def __exit__(

@@ -85,9 +85,9 @@ class Node:
                     self.tell(f"connected to {self.coordinator}")
                     away = ""
                     self._serve(client, node)
-            except httpx.HTTPStatusError as error:
-                if error.response.status_code in (401, 403):
-                    raise PomonaError(self._unknown(error.response)) from error
+            except (
+                httpx.HTTPStatusError
+            ) as error:  # a coordinator that was started anew, or is stopping
                 away = self._told_away(away, f"it answers {error.response.status_code}")
             except (httpx.TransportError, OSError) as error:
                 away = self._told_away(away, str(error) or type(error).__name__)

@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -21,6 +21,7 @@ from pomona.flower.records import KIND, as_records, from_records
 from pomona.parcel import Parcel, Refused
 
 _POLL = 0.02
+_LATE = 3600.0
 _SLOWEST_POLL = 0.5
 _LARGEST_ANSWER = 64 << 20  # bytes, and four times what was asked
 _NAMING = "name"
@@ -51,6 +52,15 @@ class Post(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A message that waits for its answer: to whom, at which node and its how manieth coming, and what."""
+
+    name: str
+    at: tuple[int, int]
+    parcel: Parcel
+
+
 @dataclass
 class FlowerSites:
     """Sites over a post. Names are those of the nodes' keys, or what nodes say their name is."""
@@ -62,44 +72,67 @@ class FlowerSites:
     bytes_received: dict[str, int] = field(default_factory=dict[str, int])
 
     def ask(
-        self, parcels: Mapping[str, Parcel], seconds: float
+        self,
+        parcels: Mapping[str, Parcel],
+        seconds: float,
+        enough: Callable[[Set[str]], bool] = lambda away: False,
     ) -> Iterator[tuple[str, Parcel | Refused]]:
-        """Send every site its parcel and yield answers as they come, until all are there or time is up."""
-        waiting = dict(parcels)
-        asked: dict[str, tuple[str, int, int]] = {}  # message id → site, node, its coming
+        """Send every site its parcel and yield answers as they come, until all are there or time is up.
+
+        A site that is away is waited for, and asked when it is back. Who has another parcel in `parcels` when
+        the next answer is asked for is sent that too. `enough` is told now and then who is away, and ends it.
+        """
+        waiting, asked = set(parcels), dict[str, _Asked]()
         end, pause = time.monotonic() + seconds, _POLL
         try:
             while (waiting or asked) and time.monotonic() < end:
-                online = self.post.online()
-                for id_, (name, node, coming) in list(asked.items()):
-                    if online.get(node) != coming:  # it has gone, or was restarted
-                        del asked[id_]
-                        self.post.forget({id_})
-                        if name not in waiting and name in parcels:
-                            waiting[name] = parcels[name]
-                there = {self.names[n]: n for n in online if n in self.names}
-                for name in [name for name in waiting if name in there]:
-                    node, parcel = there[name], waiting.pop(name)
-                    left = max(1.0, end - time.monotonic())
-                    id_ = self.post.push(node, parcel, left)
-                    asked[id_] = name, node, online[node]
-                    self.bytes_sent[name] = self.bytes_sent.get(name, 0) + parcel.size
-                if not self.named_by_key:
-                    self._ask_names(set(online) - set(self.names), end)
                 found = self.post.pull(set(asked)) if asked else []
                 for id_, answer in found:
-                    name, _, _ = asked.pop(id_)
+                    one = asked.pop(id_)
                     if answer is None:
-                        waiting[name] = parcels[name]
+                        waiting.add(one.name)
                         continue
-                    if isinstance(answer, Parcel):
-                        self.bytes_received[name] = self.bytes_received.get(name, 0) + answer.size
-                    yield name, answer
+                    self._count(one.name, answer)
+                    yield one.name, answer
+                    if parcels[one.name] is not one.parcel:
+                        waiting.add(one.name)
+                there = self._there(end)
+                for id_, one in list(asked.items()):
+                    if (
+                        there.get(one.name) != one.at
+                    ):  # it has gone without an answer, or was restarted
+                        del asked[id_]
+                        self.post.forget({id_})
+                        waiting.add(one.name)
+                for name in [name for name in waiting if name in there]:
+                    waiting.discard(name)
+                    asked |= self._asked(name, there[name], parcels[name], end)
+                if enough(set(parcels) - set(there)):
+                    break
                 pause = _POLL if found else min(_SLOWEST_POLL, pause * 1.2)
                 if waiting or asked:
                     time.sleep(max(0.0, min(pause, end - time.monotonic())))
         finally:
             self.post.forget(set(asked))
+
+    def _there(self, end: float) -> dict[str, tuple[int, int]]:
+        """Return the sites that are there: their node, and how often it has come."""
+        online = self.post.online()
+        if not self.named_by_key:
+            self._ask_names(set(online) - set(self.names), end)
+        return {self.names[n]: (n, coming) for n, coming in online.items() if n in self.names}
+
+    def _asked(
+        self, name: str, at: tuple[int, int], parcel: Parcel, end: float
+    ) -> dict[str, "_Asked"]:
+        left = max(0.0, end - time.monotonic())
+        id_ = self.post.push(at[0], parcel, left + _LATE)  # what comes later is nobody's answer
+        self.bytes_sent[name] = self.bytes_sent.get(name, 0) + parcel.size
+        return {id_: _Asked(name, at, parcel)}
+
+    def _count(self, name: str, answer: Parcel | Refused) -> None:
+        if isinstance(answer, Parcel):
+            self.bytes_received[name] = self.bytes_received.get(name, 0) + answer.size
 
     def _ask_names(self, nodes: set[int], end: float) -> None:
         """Hear the names of nodes that no key tells; a name is its who has taken it last."""

@@ -64,7 +64,8 @@ class Worker:
                     return answer
                 if self._closed:
                     raise PomonaError("this site is stopping")
-                self.tell(self._how_it_died() + ("" if again else "; it is started anew"))
+                if not again:
+                    self._start_anew()
             raise PomonaError(
                 f"{self._how_it_died()} twice at the same work; see the last lines of the log, give the "
                 "machine more memory or lower the recipe's local.batch"
@@ -88,6 +89,7 @@ class Worker:
     def _start_anew(self) -> None:
         if self._link is not None:
             self._link.close()
+        self.tell(f"{self._how_it_died()}; it is started anew")
         self.start()
 
     def _exchange(self, parcel: Parcel) -> Parcel | None:
