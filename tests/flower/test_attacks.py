@@ -13,6 +13,9 @@ import pytest
 import torch
 from conftest import ROOT
 from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.proto.message_pb2 import Message as MessageProto
+from flwr.proto.message_pb2 import Metadata, PushObjectRequest
 from loopback import free_port, run_across, sites_of
 from safetensors.torch import load, save
 
@@ -225,3 +228,30 @@ def test_nothing_is_unpickled_anywhere():
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
                 assert called not in ("eval", "exec", "torch.load", "np.load", "numpy.load"), path
+
+
+def test_nobody_answers_in_the_name_of_another_and_nothing_huge_is_read(tmp_path):
+    port = free_port()
+    with Link("127.0.0.1", port, tmp_path / "messages") as link:
+        key = ec.generate_private_key(ec.SECP384R1())
+        address = f"127.0.0.1:{port}"
+        node = Node(address, key, lambda p: p, lambda _: None, registers=True)
+        with node._client() as client, node._active(client) as own:
+            assert link.online() == {own.node_id: 1}
+            forged = MessageProto(
+                metadata=Metadata(src_node_id=own.node_id + 1, run_id=link.run_id)
+            )
+            with pytest.raises(httpx.HTTPStatusError) as refused:
+                client.PushMessages(PushMessagesRequest(node=own, messages_list=[forged]))
+            assert refused.value.response.status_code == 403
+            part = PushObjectRequest(node=own, run_id=link.run_id, object_content=bytes(1 << 20))
+            with pytest.raises(httpx.HTTPStatusError) as refused:
+                client.PushObject(part)
+            assert refused.value.response.status_code == 413
+            huge = PushObjectRequest(node=own, object_content=bytes(17 << 20))
+            with pytest.raises((httpx.HTTPError, OSError)):
+                client.PushObject(huge)
+            again = Node(address, key, lambda p: p, lambda _: None)
+            with again._client() as other, again._active(other) as same:
+                assert same.node_id == own.node_id  # a site that was restarted is back at once
+                assert link.online() == {own.node_id: 2}

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Self
 
 import uvicorn
-from fastapi import FastAPI
+from fastapi import FastAPI, HTTPException
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID
 from flwr.proto.fleet_pb2 import PullMessagesRequest, PushMessagesRequest
 from flwr.proto.message_pb2 import PushObjectRequest
@@ -42,7 +42,8 @@ _AT_ONCE = 4  # answers' chunks that are read into memory at the same time
 _LARGEST_REQUEST = 16 << 20  # Flower's chunks have 5 MB
 _BEAT = 20.0
 _LONG_POLL, _POLL = 5.0, 0.02
-logging.getLogger("flwr").setLevel(logging.CRITICAL)  # what matters is told in our own words
+for _name in ("flwr", "uvicorn"):  # what matters is told in our own words
+    logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class Link:
             _Bounded(app),
             host=self.host,
             port=self.port,
-            log_level="error",
+            log_config=None,
             access_log=False,
             server_header=False,
             ssl_certfile=certificate and str(certificate.chain),
@@ -210,9 +211,9 @@ class _OwnAnswers(BaseHTTPMiddleware):
         if isinstance(asked, PushMessagesRequest):
             senders = {message.metadata.src_node_id for message in asked.messages_list}
             if senders != {asked.node.node_id}:
-                return Response("an answer of another node", status_code=403)
+                raise HTTPException(403, "an answer of another node")
         if isinstance(asked, PushObjectRequest) and not request.app.state.mail.takes(asked):
-            return Response("larger than any answer may be", status_code=413)
+            raise HTTPException(413, "larger than any answer may be")
         return await call_next(request)
 
 
