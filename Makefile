@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 WORKERS ?= 2
 
-.PHONY: demo test test-slow test-processes interop demo-seeds reconstruct federate memory simulate scale roofline reconstruct-speed check format lint types layers clean
+.PHONY: demo test test-slow test-processes fuzz interop demo-seeds reconstruct federate memory simulate scale roofline reconstruct-speed check format lint types layers clean
 
 demo: $(STAMP)
 	$(BIN)/pomona demo
@@ -21,6 +21,10 @@ test-slow: $(STAMP)
 
 test-processes: $(STAMP)
 	$(BIN)/pytest -m processes tests/flower $(PYTEST_ARGS)
+
+fuzz: export POMONA_FUZZ ?= 20000
+fuzz: $(STAMP)
+	$(BIN)/pytest tests/flower/test_fuzz.py $(PYTEST_ARGS)
 
 interop: $(STAMP)
 	$(BIN)/python scripts/fetch_llama_cpp.py
