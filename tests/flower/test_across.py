@@ -80,7 +80,7 @@ VARIANTS = {
     "early stop": {"early_stop": EarlyStop(every=1, patience=1)},
     "some lost": {"dropout": 0.4, "fraction": 0.7},
 }
-OFTEN = ("flex", "scaffold", "a late one, a new one", "local privacy")
+OFTEN = ("flex", "a late one, a new one", "local privacy")
 
 
 @pytest.mark.parametrize(
