@@ -191,7 +191,7 @@ def test_a_site_that_hangs_is_not_waited_for_for_ever(running):
 def test_too_few_answers_end_in_a_sentence_and_the_round_is_done_later(running, undisturbed):
     coordinator = running.serve("--quorum", "1", "--deadline", "25", "--retries", "1")
     pears = [running.join(name) for name in NAMES][-1]
-    pears.wait_for("train of round 1: update")
+    coordinator.wait_for("round 2 0/2")
     pears.kill()
     assert coordinator.end() == 2
     assert "1 of 2 sites have answered and 2 are needed; missing: pears; they are asked again" in (

@@ -1,5 +1,7 @@
 """Messages between a coordinator and sites over real HTTP, without a model: late, twice, large, restarted."""
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Generator
@@ -124,3 +126,14 @@ def test_enough_is_told_who_is_away(tmp_path):
         found = list(sites.ask({"a": Parcel("x"), "b": Parcel("x")}, 60, enough))
     assert [name for name, _ in found] == ["a"] or found == []
     assert told[-1] >= {"b"}
+
+
+def test_the_process_that_talks_to_the_coordinator_loads_no_torch():
+    """The model is in another one, which may die and come back without the connection."""
+    imports = "pomona.cli.app, pomona.cli.log, pomona.cli.status, pomona.flower.keys"
+    imports += ", pomona.flower.node, pomona.flower.sites, pomona.flower.warm"
+    script = f"import sys, {imports}; print(sorted({{'torch', 'transformers'}} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
