@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 WORKERS ?= 2
 
-.PHONY: demo test test-slow test-processes fuzz interop demo-seeds reconstruct federate memory simulate scale roofline reconstruct-speed check format lint types layers clean
+.PHONY: demo test test-slow test-processes docs-check fuzz interop demo-seeds reconstruct federate memory simulate scale roofline reconstruct-speed attacks deploy load check format lint types layers clean
 
 demo: $(STAMP)
 	$(BIN)/pomona demo
@@ -21,6 +21,9 @@ test-slow: $(STAMP)
 
 test-processes: $(STAMP)
 	$(BIN)/pytest -m processes tests/flower $(PYTEST_ARGS)
+
+docs-check: $(STAMP)
+	$(BIN)/pytest -m processes tests/flower/test_docs.py $(PYTEST_ARGS)
 
 fuzz: export POMONA_FUZZ ?= 20000
 fuzz: $(STAMP)
@@ -42,6 +45,15 @@ memory: $(STAMP)
 simulate: $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[peers]'
 	$(BIN)/python benchmarks/simulate.py
+
+attacks: $(STAMP)
+	$(BIN)/python benchmarks/attacks.py
+
+deploy: $(STAMP)
+	$(BIN)/python benchmarks/deploy.py
+
+load: $(STAMP)
+	$(BIN)/python benchmarks/load.py
 
 scale: $(STAMP)
 	$(BIN)/python benchmarks/scale.py

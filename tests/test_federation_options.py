@@ -18,6 +18,7 @@ from pomona.errors import PomonaError
 from pomona.evaluate import on_rows
 from pomona.federation.early_stop import EarlyStop
 from pomona.federation.local import LocalTraining
+from pomona.federation.privacy import Privacy
 from pomona.federation.rehearsal import Rehearsal
 from pomona.federation.settings import Finish
 from pomona.federation.shared_expert import SharedGraft
@@ -417,3 +418,62 @@ def test_what_is_rehearsed_is_the_same_with_checkpointing(settings, tmp_path):
 def test_what_cannot_be_is_told(settings, tmp_path, given, message):
     with pytest.raises(PomonaError, match=message):
         run(replace(settings, **given), tmp_path / "run")
+
+
+def test_int8_learns_as_much_and_goes_on_with_what_it_has_lost(settings, tmp_path, monkeypatch):
+    """A quarter of the bytes, nearly the same model; killed and resumed, the same bytes."""
+    exact = replace(settings, adapter=LoRA(8, 16.0))
+    int8 = replace(exact, compression="int8")
+    run(exact, tmp_path / "exact")
+    run(int8, tmp_path / "int8")
+    sent = {
+        kind: metrics(tmp_path / kind, "communication")[0]["received_bytes"]
+        for kind in ("exact", "int8")
+    }
+    assert sent["int8"] < 0.5 * sent["exact"]  # of tensors so small a third is names
+    one, other = (read_adapter(tmp_path / kind / "shared")[1] for kind in ("exact", "int8"))
+    moved = max(float((one[n] - other[n]).abs().max()) for n in one)
+    assert 0 < moved < 0.01
+    for client in ("apples", "pears"):
+        assert own_loss(tmp_path / "int8", client) == pytest.approx(
+            own_loss(tmp_path / "exact", client), abs=0.01
+        )
+    with stopped_after(12, monkeypatch, WRITES):
+        run(int8, tmp_path / "cut")
+    run(int8, tmp_path / "cut")
+    assert files_of(tmp_path / "cut") == files_of(tmp_path / "int8")
+
+
+def test_sums_in_integers_are_those_of_floats(settings, tmp_path):
+    run(settings, tmp_path / "plain")
+    run(replace(settings, secure_aggregation=True), tmp_path / "sums")
+    one, other = (read_adapter(tmp_path / kind / "shared")[1] for kind in ("plain", "sums"))
+    assert all(torch.allclose(one[n], other[n], atol=1e-6) for n in one)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"compression": "int8", "strategy": LocalOnly()}, "LocalOnly sends back no such thing"),
+        ({"compression": "int8", "strategy": FLoRA()}, "FLoRA sends back no such thing"),
+        (
+            {"secure_aggregation": True, "strategy": Krum()},
+            "Krum looks at every update, but secure_aggregation shows it only their sum",
+        ),
+        ({"secure_aggregation": True, "compression": "int8"}, "leave out compression"),
+        ({"secure_aggregation": True, "pooled": True}, "leave out pooled"),
+        (
+            {"secure_aggregation": True, "privacy": Privacy(1.0, 1.0)},
+            "clips every update at the server",
+        ),
+    ],
+)
+def test_messages_that_a_strategy_has_no_use_for_are_refused(settings, change, complaint):
+    with pytest.raises(PomonaError, match=complaint):
+        replace(settings, **change)
+
+
+def test_a_sum_of_two_is_refused_before_anything_is_trained(settings, tmp_path):
+    two = replace(settings, secure_aggregation=True, fraction=0.6)
+    with pytest.raises(PomonaError, match="2 clients answer in round 1, and the sum of fewer than"):
+        run(two, tmp_path / "run")

@@ -86,6 +86,8 @@ CHANGES = {
         "newcomers": ("plums",),
         "finish": Finish(rounds=2, training=LocalTraining(epochs=1, batch=3)),
     },
+    "int8": {"compression": "int8", "ranks": {"pears": 1}, "strategy": FlexLoRA()},
+    "sums": {"secure_aggregation": True},
     "pooled": {"pooled": True},
     "experts": {"adapter": LoRA(2, 4.0, experts=True), "graft": None},
     "layers": {"adapter": LoRA(3, 4.0, layers=(1,)), "personal": LoRA(2, 4.0)},

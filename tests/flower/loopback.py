@@ -71,6 +71,10 @@ class Thread:
         self.sent.append(answer)
         return answer
 
+    def sent_of(self, kind: str) -> Parcel | None:
+        """The last answer of a kind."""
+        return next((parcel for parcel in reversed(self.sent) if parcel.kind == kind), None)
+
     def stop(self) -> None:
         self.node.stopped.set()
         self.thread.join(20)

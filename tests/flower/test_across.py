@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from loopback import run_across, sites_of
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 
 from pomona.artifacts.run import RunDirectory
 from pomona.errors import PomonaError
@@ -31,6 +32,7 @@ from pomona.federation.strategies import (
     Tilted,
 )
 from pomona.models.lora import LoRA
+from pomona.parcel import Parcel
 from pomona.recipe import dump
 
 SHARED = "shared/adapter_model.safetensors"
@@ -79,8 +81,16 @@ VARIANTS = {
     "a late one, a new one": {"joins": {"plums": 2}, "newcomers": ("apples",), "finish": Finish(2)},
     "early stop": {"early_stop": EarlyStop(every=1, patience=1)},
     "some lost": {"dropout": 0.4, "fraction": 0.7},
+    "int8": {"compression": "int8", "strategy": Tilted()},
+    "int8, ranks": {"compression": "int8", "strategy": FlexLoRA(), "ranks": {"pears": 1}},
+    "sums": {"secure_aggregation": True, "privacy": Privacy(1.0, 0.5, "local")},
+    "sums of B, then alone": {
+        "secure_aggregation": True,
+        "strategy": FFALoRA(),
+        "finish": Finish(1, newcomers_only=False),
+    },
 }
-OFTEN = ("flex", "a late one, a new one", "local privacy")
+OFTEN = ("flex", "a late one, a new one", "local privacy", "int8", "sums")
 
 
 @pytest.mark.parametrize(
@@ -184,3 +194,113 @@ def test_a_site_that_is_away_is_not_waited_for_until_the_deadline(settings, tmp_
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     trained = Counter(line["client"] for line in lines if line["model"] == "training")
     assert trained == {"apples": 3, "pears": 3, "plums": 1}
+
+
+ORCHARD = ("apples", "pears", "plums", "quinces", "medlars")
+
+
+def with_rows(settings: FederateSettings, rows: list[dict], folder: Path) -> FederateSettings:
+    folder.mkdir()
+    lines = "\n".join(map(json.dumps, rows))
+    for kind in ("train", "test"):
+        (folder / f"{kind}.jsonl").write_text(lines)
+    data = replace(settings.data, train=folder / "train.jsonl", test=folder / "test.jsonl")
+    return replace(settings, data=data)
+
+
+def rows_of(settings: FederateSettings) -> list[dict]:
+    return [json.loads(line) for line in Path(settings.data.train).read_text().splitlines()]
+
+
+@pytest.fixture
+def orchard(settings, tmp_path):
+    """The small federation with five clients, whose updates are summed under masks."""
+    summed = replace(settings, rounds=2, secure_aggregation=True, strategy=FedAvg())
+    rows = rows_of(settings)
+    dealt = [{**row, "category": name} for i, name in enumerate(ORCHARD) for row in rows[i : i + 6]]
+    return with_rows(summed, dealt, tmp_path / "rows")
+
+
+def leaving(kind: str, threads, name: str):
+    """Have a site go when it is asked something, without an answer."""
+
+    def go(asked: Parcel, answer: Parcel) -> Parcel:
+        if asked.kind == kind:
+            threads[name].node.stopped.set()
+            raise PomonaError("gone")
+        return answer
+
+    return go
+
+
+@pytest.mark.parametrize("kind", ["mask shares", "train", "open masks"])
+def test_a_sum_is_right_whoever_is_lost_on_the_way(orchard, tmp_path, kind):
+    """One of five goes when it is asked for shares, an update, or to open masks: the others make the sum."""
+    without = replace(orchard, rounds=1)
+    told: list[str] = []
+    with sites_of(without, tmp_path / "sites") as (sites, threads):
+        threads["plums"].twist = leaving(kind, threads, "plums")
+        run_across(without, tmp_path, sites, Patience(deadline=60, absence=0.5), told)
+        updates = {
+            name: load(thread.sent_of("update").tensors)
+            for name, thread in threads.items()
+            if thread.sent_of("update")
+        }
+    gone = kind != "open masks"
+    names = [name for name in ORCHARD if not (gone and name == "plums")]
+    assert sorted(updates) == sorted(names)
+    plain = replace(without, secure_aggregation=False)
+    theirs = [row for row in rows_of(plain) if row["category"] in names]
+    in_process(with_rows(plain, theirs, tmp_path / "others"), tmp_path / "alone")
+    ours, theirs = (load_file(tmp_path / path / SHARED) for path in ("alone", "run"))
+    apart = max(float((theirs[name] - value).abs().max()) for name, value in ours.items())
+    assert apart <= 1e-7
+    first = next(iter(updates.values()))
+    assert all(value.dtype == torch.int64 for value in first.values())
+    biggest = max(float(v.double().abs().max()) for u in updates.values() for v in u.values())
+    assert biggest > 2**60  # what travels is anything
+
+
+def test_a_round_that_was_opened_is_opened_for_the_same_sites_alone(orchard, tmp_path):
+    """A coordinator that stops after a sum was opened ends with the same; another sum is refused."""
+    in_process(orchard, tmp_path / "alone")
+    with sites_of(orchard, tmp_path / "sites") as (sites, threads):
+        commit = RunDirectory.commit
+
+        def once(self, previous, round_, *rest):
+            if round_ == 2 and self.path == tmp_path / "run":
+                raise KeyboardInterrupt
+            return commit(self, previous, round_, *rest)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(RunDirectory, "commit", once)
+            with pytest.raises(KeyboardInterrupt):
+                run_across(orchard, tmp_path, sites)
+        opening = json.loads((tmp_path / "run/opening.json").read_text())
+        assert opening == {"round": 2, "answered": sorted(ORCHARD)}
+        member = threads["pears"].member
+        asked = next(p for p in reversed(threads["pears"].asked) if p.kind == "open masks")
+        fewer = {**asked.told, "answered": sorted(ORCHARD)[1:]}
+        with pytest.raises(PomonaError, match="round 2 was opened as the sum of other sites"):
+            member.answer(replace(asked, told=fewer))
+        before = {**asked.told, "round": 1}
+        with pytest.raises(PomonaError, match="in the round that was finished last"):
+            member.answer(replace(asked, told=before))
+        two = {**asked.told, "answered": ["pears", "plums"]}
+        with pytest.raises(PomonaError, match="opened for 3 or more"):
+            member.answer(replace(asked, told=two))
+        few = {**asked.told, "keys": {n: asked.told["keys"][n] for n in ("pears", "plums")}}
+        with pytest.raises(PomonaError, match="a sum of 2 sites"):
+            member.answer(replace(asked, kind="mask shares", told=few))
+        run_across(orchard, tmp_path, sites)
+    assert_same(tmp_path / "alone", tmp_path / "run", tmp_path / "sites", list(ORCHARD))
+
+
+def test_a_sum_of_too_few_is_not_made(orchard, tmp_path):
+    told: list[str] = []
+    with sites_of(orchard, tmp_path / "sites") as (sites, threads):
+        for name in ORCHARD[:3]:
+            threads[name].twist = leaving("mask keys", threads, name)
+        with pytest.raises(PomonaError, match="masks of round 1: 2 of 5 sites have answered and 3"):
+            run_across(orchard, tmp_path, sites, Patience(4, 0.5, 0.2, 0), told)
+        assert not any(thread.sent_of("update") for thread in threads.values())

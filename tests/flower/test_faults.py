@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import threading
@@ -99,6 +100,33 @@ def test_with_keys_and_tls(slow, dealt, undisturbed, tmp_path):
         assert all(own["received"] > 0 for own in status["sites"].values())
     for name in ("strangers.train.jsonl", "strangers.test.jsonl"):
         (dealt / name).unlink()
+
+
+FAKETIME = next(iter(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")), None)
+
+
+@pytest.mark.skipif(FAKETIME is None, reason="libfaketime is not here")
+@pytest.mark.parametrize("apart", [300, -300])
+def test_clocks_are_apart(slow, dealt, undisturbed, tmp_path, apart):
+    """Ten seconds are as good as none; with five minutes a site says so and ends, and goes on when mended."""
+    make_keys(tmp_path / "keys", ["127.0.0.1"], NAMES)
+
+    def at(seconds: int) -> dict[str, str]:
+        own = {"LD_PRELOAD": str(FAKETIME), "FAKETIME": f"{seconds:+d}"}
+        return {**os.environ, **own, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+
+    with Running(slow, tmp_path / "across", dealt, tmp_path / "keys") as running:
+        coordinator = running.serve("--quorum", "1")
+        running.join("apples", env=at(10 if apart < 0 else -10))
+        coordinator.wait_for("listening on")
+        wrong = running.join("pears", env=at(apart))
+        assert wrong.end() == 2
+        told = " ".join(wrong.said.split())
+        assert re.search(r"the clocks of this site and of \S+ are (29\d|30\d) seconds apart", told)
+        assert "Traceback" not in told
+        running.join("pears")
+        assert coordinator.end() == 0, coordinator.said
+        assert_as_if_nothing(undisturbed, running)
 
 
 @pytest.mark.parametrize("when", ["before it has answered", "after it has answered"])

@@ -10,7 +10,7 @@ from pomona.cli.console import console
 
 @dataclass
 class Log:
-    """A log file, appended to; the same lines are printed."""
+    """A log file, appended to; what is told, not only noted, is printed as well."""
 
     path: Path
     last: str = ""
@@ -18,12 +18,24 @@ class Log:
 
     def tell(self, sentence: str) -> None:
         """Write a line, on disk too as long as there is room for it."""
-        line = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {' '.join(sentence.splitlines())}"
+        line = _dated(sentence)
         with self._lock:
             self.last = line
             console.print(line)
-            try:
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(line + "\n")
-            except OSError:
-                pass  # a full disk must not end what else goes on
+            self._write(line)
+
+    def note(self, sentence: str) -> None:
+        """Write a line to the file alone."""
+        with self._lock:
+            self._write(_dated(sentence))
+
+    def _write(self, line: str) -> None:
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError:
+            pass  # a full disk must not end what else goes on
+
+
+def _dated(sentence: str) -> str:
+    return f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {' '.join(sentence.splitlines())}"

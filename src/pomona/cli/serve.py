@@ -116,7 +116,9 @@ def serve(
             admitted = None if own is None else {name: own.sites[name] for name in names}
             link = Link(host, port, out / "messages", own and own.certificate, admitted)
             with link:
-                sites = FlowerSites(LinkPost(link), dict(link.names), own is not None)
+                sites = FlowerSites(
+                    LinkPost(link), dict(link.names), own is not None, note=log.note
+                )
                 log.tell(f"listening on {host}:{port} for {', '.join(names)}")
                 with _told(out, sites, names, log, link):
                     coordinate(

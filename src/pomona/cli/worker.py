@@ -56,7 +56,7 @@ def _site(told: dict[str, Any]) -> Any:
         return at_site(text, model, code=recipe_digest(text) in policy.recipes)
 
     def tell(sentence: str) -> None:
-        print(sentence, file=sys.stderr, flush=True)  # noqa: T201 - the site's log takes it from there
+        print(sentence, file=sys.stderr, flush=True)  # noqa: T201 - the site's log has it
 
     state, device = Path(told["state"]), told["device"]
     return Site(told["name"], rows, told["model"], state, read, policy, device, tell=tell)

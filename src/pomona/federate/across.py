@@ -28,11 +28,14 @@ from pomona.federate.heard import (
     of_kind,
     presented,
 )
+from pomona.federate.masked_round import MaskedRound
 from pomona.federate.rounds import sent_to_clients, sent_to_newcomers
 from pomona.federation.cohort import FrozenBase
+from pomona.federation.masks import Unmasking
 from pomona.federation.settings import FederateSettings, Finish
 from pomona.federation.strategies import Corrects, ServerState, frozen_part
 from pomona.federation.update import ClientState, Update, split
+from pomona.federation.wire import from_wire, wire_form
 from pomona.models.lora import narrowed
 from pomona.models.received import check_like, check_values, decoded, encoded
 from pomona.parcel import Parcel, Refused
@@ -152,23 +155,30 @@ class Across:
         """Have sites train, and yield their answers in the order of names once enough of them are there."""
         server = snapshot.server
         expected = {} if finish else self._expected(server)
-        told = {"memory": sorted(self._memory(server)), "round": round_}
+        told: dict[str, Any] = {"memory": sorted(self._memory(server)), "round": round_}
         sent = (
             sent_to_newcomers(self.settings, server)
             if finish
             else sent_to_clients(self.settings.strategy, server)
         )
-        arrived = Arrived(self.run.path / "arrived")
+        arrived, masked, least = Arrived(self.run.path / "arrived"), None, 1
+        if self.settings.secure_aggregation and not finish:
+            folder = self.run.path
+            masked = MaskedRound(self._gather, self.federation_id, round_, names, folder)
+            masked.agree()
+            names, least, told = masked.peers, masked.threshold, {**told, **masked.told()}
 
         def keep(name: str, answer: Parcel) -> None:
             self._check(name, answer, round_, expected, server)
             arrived.keep(name, answer)
 
         try:
-            self._gather("train", told, self._messages(names, sent), keep, f"round {round_}")
-            for name in names:
-                if name in arrived.told:
-                    yield self._answer(name, arrived.take(name), finish)
+            parcels = self._parcels("train", told, names, sent)
+            self._gather(parcels, keep, f"round {round_}", least)
+            answered = [name for name in names if name in arrived.told]
+            masks = masked.opened(answered) if masked is not None else None
+            for name in answered:
+                yield self._answer(name, arrived.take(name), server, masks)
         finally:
             arrived.clear()
 
@@ -206,7 +216,7 @@ class Across:
 
         sent = sent_to_newcomers(self.settings, server)
         self._gather(
-            "finish", {"round": round_}, self._messages(self.clients, sent), keep, "the end"
+            self._parcels("finish", {"round": round_}, self.clients, sent), keep, "the end"
         )
         return {name: found[name] for name in self.clients if name in found}
 
@@ -220,54 +230,49 @@ class Across:
             lines[name] = lines_of(name, answer.told)
 
         sent = sent_to_newcomers(self.settings, ServerState(shared))
-        messages = self._messages(names, sent)
-        self._gather(kind, {"round": round_}, messages, keep, f"evaluating round {round_}")
+        parcels = self._parcels(kind, {"round": round_}, names, sent)
+        self._gather(parcels, keep, f"evaluating round {round_}")
         return [line for name in names if name in lines for line in lines[name]]
 
     def _gather(
         self,
-        kind: str,
-        told: Mapping[str, Any],
-        messages: Mapping[str, bytes],
+        parcels: Mapping[str, Parcel],
         keep: Callable[[str, Parcel], None],
         what: str,
+        least: int = 1,
     ) -> None:
         """Ask until enough have answered; raises `PomonaError` when they do not."""
-        least = self.patience.least(len(messages))
-        waiting, answered = dict.fromkeys(messages), set[str]()
+        least = max(least, self.patience.least(len(parcels)))
+        waiting, answered = dict.fromkeys(parcels), set[str]()
         for attempt in range(self.patience.retries + 1):
-            self._ask(kind, told, messages, keep, what, (waiting, answered))
+            self._ask(parcels, keep, what, least, (waiting, answered))
             if not waiting or len(answered) >= least:
                 break
             again = "; they are asked again" if attempt < self.patience.retries else ""
             self.tell(
-                f"{what}: {len(answered)} of {len(messages)} sites have answered and {least} are needed; "
+                f"{what}: {len(answered)} of {len(parcels)} sites have answered and {least} are needed; "
                 f"missing: {', '.join(waiting)}{again}"
             )
-        if len(answered) < min(least, len(messages)):
+        if len(answered) < min(least, len(parcels)):
             raise PomonaError(
-                f"{what}: {len(answered)} of {len(messages)} sites have answered and {least} are needed; start "
+                f"{what}: {len(answered)} of {len(parcels)} sites have answered and {least} are needed; start "
                 "the missing ones and run the same command again to go on with this round, or lower --quorum"
             )
 
     def _ask(
         self,
-        kind: str,
-        told: Mapping[str, Any],
-        messages: Mapping[str, bytes],
+        asked: Mapping[str, Parcel],
         keep: Callable[[str, Parcel], None],
         what: str,
+        least: int,
         progress: tuple[dict[str, None], set[str]],
     ) -> None:
         """Ask those who are waited for, once; a site that knows nothing yet is told first."""
         waiting, answered = progress
-        work = {
-            name: Parcel(kind, {"federation": self.federation_id, **told}, messages[name])
-            for name in waiting
-        }
+        work = {name: asked[name] for name in waiting}
         parcels = {name: work[name] if name in self.present else self._hello(name) for name in work}
-        self.progress(what, len(answered), len(messages))
-        enough = self._enough(waiting, answered, self.patience.least(len(messages)))
+        self.progress(what, len(answered), len(asked))
+        enough = self._enough(waiting, answered, least)
         for name, answer in self.sites.ask(parcels, self.patience.deadline, enough):
             if parcels[name].kind == "hello":
                 if self._heard(name, answer):
@@ -285,7 +290,7 @@ class Across:
                 self.tell(f'{what}: site "{name}" does not count: {error}')
             else:
                 answered.add(name)
-            self.progress(what, len(answered), len(messages))
+            self.progress(what, len(answered), len(asked))
 
     def _enough(
         self, waiting: Mapping[str, None], answered: Set[str], least: int
@@ -303,14 +308,25 @@ class Across:
 
         return enough
 
-    def _messages(self, names: Sequence[str], tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
-        """Return what every site is sent; those of the same rank share the bytes."""
+    def _parcels(
+        self,
+        kind: str,
+        told: Mapping[str, Any],
+        names: Sequence[str],
+        tensors: Mapping[str, Tensor],
+    ) -> dict[str, Parcel]:
+        """Return what every site is asked; those of the same rank share the bytes of its tensors.
+
+        To train it gets no more than its rank; what everybody shares is measured whole.
+        """
+        ranks = self.settings.ranks if kind == "train" else {}
         by_rank: dict[int | None, bytes] = {}
+        told = {"federation": self.federation_id, **told}
         for name in names:
-            rank = self.settings.ranks.get(name)
+            rank = ranks.get(name)
             if rank not in by_rank:
-                by_rank[rank] = encoded(self.sends(name, tensors))
-        return {name: by_rank[self.settings.ranks.get(name)] for name in names}
+                by_rank[rank] = encoded(tensors if rank is None else self.sends(name, tensors))
+        return {name: Parcel(kind, told, by_rank[ranks.get(name)]) for name in names}
 
     def _memory(self, server: ServerState) -> set[str]:
         return set(server.memory) if isinstance(self.settings.strategy, Corrects) else set()
@@ -334,19 +350,24 @@ class Across:
     ) -> None:
         """Raise `PomonaError` for an answer that may not count."""
         check_told(answer, self.federation_id, round_, self.present[name].train)
-        tensors = decoded(answer.tensors)
+        began, wire = self.sends(name, server.shared), decoded(answer.tensors)
         wanted = self.sends(name, expected)
-        check_like(tensors, wanted)
-        check_values(
-            tensors,
-            {n: v for n, v in self.sends(name, server.shared).items() if n in wanted},
-            self.patience.largest_change,
-        )
+        check_like(wire, wire_form(self.settings, began, wanted))
+        if self.settings.secure_aggregation:
+            return  # what is under masks tells nothing
+        tensors = from_wire(self.settings, began, wire)
+        before = {n: v for n, v in began.items() if n in wanted}
+        check_values(tensors, before, self.patience.largest_change)
 
-    def _answer(self, name: str, parcel: Parcel, finish: Finish | None) -> Answer:
-        told, tensors = parcel.told, decoded(parcel.tensors)
+    def _answer(
+        self, name: str, parcel: Parcel, server: ServerState, masks: Unmasking | None
+    ) -> Answer:
+        told, wire = parcel.told, decoded(parcel.tensors)
         update = None
-        if tensors and not finish:
-            tensors = {n: v.to(self.base.device) for n, v in tensors.items()}
-            update = Update(name, told["rows"], tensors, told.get("loss"))
+        if wire:
+            device = self.base.device
+            wire = masks.bared(name, wire) if masks is not None else wire
+            wire = {n: v.to(device) for n, v in wire.items()}
+            tensors = from_wire(self.settings, self.sends(name, server.shared), wire)
+            update = Update(name, told["rows"], tensors, told.get("loss"), wire)
         return Answer(name, told["losses"], update, None, told.get("epsilon"))

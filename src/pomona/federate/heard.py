@@ -1,12 +1,13 @@
 """What sites say, believed only as far as it can be checked."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from math import isfinite
 from typing import Any, cast
 
 from pomona.artifacts.inputs import Inputs, difference
 from pomona.errors import PomonaError
+from pomona.federation.masks import Keys
 from pomona.parcel import Parcel, Refused
 
 FIGURES = ("base", "shared", "personal")
@@ -134,3 +135,43 @@ def _whole(value: object) -> bool:
 
 def _number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+
+
+def whole_of(key: str, told: Mapping[str, Any]) -> int:
+    """Return a number of a message; raises `PomonaError` for what is none."""
+    if not _whole(told.get(key)):
+        raise PomonaError(f"a message tells no {key}")
+    return cast(int, told[key])
+
+
+def keys_of(told: object) -> Keys:
+    """Return the public keys of a site's masks; raises `PomonaError` for what are none."""
+    if not isinstance(told, dict):
+        raise PomonaError("it tells no keys of its masks")
+    own = cast(dict[str, Any], told)
+    return Keys(*(_bytes_of(own.get(key.name)) for key in fields(Keys)))
+
+
+def peers_of(told: Mapping[str, Any]) -> dict[str, Keys]:
+    """Return the keys of everybody whose masks go together."""
+    keys = told.get("keys")
+    if not isinstance(keys, dict):
+        raise PomonaError("a message tells no keys of masks")
+    return {name: keys_of(own) for name, own in cast(dict[str, Any], keys).items()}
+
+
+def shares_of(told: object, peers: Mapping[str, Keys]) -> dict[str, bytes]:
+    """Return shares, one for everybody whose masks go together; raises `PomonaError` for others."""
+    if not isinstance(told, dict) or not peers.keys() <= cast(dict[str, Any], told).keys():
+        raise PomonaError("it does not tell a share of every site's masks")
+    own = cast(dict[str, Any], told)
+    return {name: _bytes_of(own[name]) for name in peers}
+
+
+def _bytes_of(value: object) -> bytes:
+    try:
+        return bytes.fromhex(cast(str, value))
+    except (TypeError, ValueError) as error:
+        raise PomonaError(
+            "a key or a share of masks is not written in hexadecimal digits"
+        ) from error

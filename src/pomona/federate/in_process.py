@@ -1,7 +1,7 @@
 """The engine of a simulation: all clients in this process, a cohort at a time in one batch."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from pomona.federate.engine import Answer
 from pomona.federate.evaluate import evaluate
 from pomona.federate.prepare import Federation
 from pomona.federation.cohort import FrozenBase
+from pomona.federation.compression import without_error
 from pomona.federation.dp_sgd import row_epsilon, steps_of
 from pomona.federation.local import LocalTraining, Trained, train_cohort
 from pomona.federation.privacy import noise_key, protect
@@ -27,6 +28,7 @@ from pomona.federation.strategies import (
     frozen_part,
 )
 from pomona.federation.update import ClientState, Update, split
+from pomona.federation.wire import to_wire
 from pomona.progress import Progress, Tell
 
 
@@ -75,16 +77,15 @@ class InProcess:
         shares, frozen = rule.shares, frozen_part(rule)
         for name, trained in _trained(federation, snapshot, names, round_, rule, finish):
             sent, private = split(trained.state, shares, frozen)
-            rows = len(federation.train[name])
-            yield Answer(
-                name,
-                trained.losses,
-                None
-                if finish
-                else _update(federation, name, sent, trained, snapshot.server, round_),
-                private,
-                _epsilon(training, rows, private),
-            )
+            rows, update = len(federation.train[name]), None
+            if sent and not finish:
+                update = _update(federation, name, sent, trained, snapshot.server, round_)
+                began = federation.sends(name, snapshot.server.shared)
+                before = federation.private(snapshot, name).memory
+                update, memory = to_wire(settings, began, update, private.memory, before)
+                private = replace(private, memory=memory)
+            epsilon = _epsilon(training, rows, private)
+            yield Answer(name, trained.losses, update, private, epsilon)
 
     def evaluate(
         self,
@@ -128,7 +129,7 @@ def _trained(
         tasks = [
             Task(
                 name,
-                federation.state(name, server.shared, federation.private(snapshot, name)),
+                federation.state(name, server.shared, _trainable(federation, snapshot, name)),
                 federation.train[name],
                 server.memory,
             )
@@ -136,6 +137,12 @@ def _trained(
         ]
         trained = federation.replicas.map(train, tasks)
         yield from zip((task.client for task in tasks), trained, strict=True)
+
+
+def _trainable(federation: Federation, snapshot: Snapshot, name: str) -> ClientState:
+    """Return what a client keeps but for what training has no use for."""
+    private = federation.private(snapshot, name)
+    return replace(private, memory=without_error(private.memory))
 
 
 def _finishing(strategy: Strategy, finish: Finish) -> Strategy:
@@ -150,10 +157,8 @@ def _update(
     trained: Trained,
     server: ServerState,
     round_: int,
-) -> Update | None:
+) -> Update:
     """Return what a client sends: clipped and noised, where the server is not to see it as it is."""
-    if not sent:
-        return None
     strategy, rows = federation.settings.strategy, len(federation.train[name])
     shared = {**federation.sends(name, sent), **trained.report}
     loss = strategy.told(trained.losses) if isinstance(strategy, Hears) else None

@@ -16,13 +16,14 @@ class Policy:
     `tensors` are patterns of names of which one must fit every tensor that leaves; `largest_message` is in
     bytes, either way; `recipes` and `models` are SHA-256 of recipes and base models, as `pomona serve`
     tells them. Without any, every recipe and every base is accepted. A recipe that names code of another
-    package has to be among `recipes`.
+    package has to be among `recipes`. With `sums_only` the site takes part in secure aggregation alone.
     """
 
     tensors: tuple[str, ...] = ("*",)
     largest_message: int = 2_000_000_000
     recipes: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
+    sums_only: bool = False
 
     def __post_init__(self) -> None:
         if self.largest_message < 1:
@@ -35,6 +36,13 @@ class Policy:
         own = recipe_digest(text)
         if self.recipes and own not in self.recipes:
             raise PomonaError(f"the policy of this site does not accept the recipe {own}")
+
+    def check_sums(self, secure_aggregation: bool) -> None:
+        """Raise `PomonaError` where the coordinator would see this site's update."""
+        if self.sums_only and not secure_aggregation:
+            raise PomonaError(
+                "the policy of this site lets only sums be seen, and the recipe has no secure_aggregation"
+            )
 
     def check_model(self, files: Mapping[str, str]) -> None:
         """Raise `PomonaError` for a base model, told by its files' digests, that is not accepted."""

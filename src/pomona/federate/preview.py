@@ -26,6 +26,7 @@ from pomona.federation.outline import OutlinedStep, outlined_step
 from pomona.federation.settings import FederateSettings
 from pomona.federation.strategies import Corrects, Hears, frozen_part
 from pomona.federation.update import ClientState, join, learns, split
+from pomona.federation.wire import wire_form
 from pomona.models.loading import outline_model
 from pomona.models.lora import narrowed
 from pomona.models.placement import find_device
@@ -34,11 +35,12 @@ from pomona.models.weights import serialized_bytes
 
 @dataclass(frozen=True)
 class _Messages:
-    """What travels of the adapter every round, what a newcomer is sent, and a client's whole state.
+    """What a client begins with, what of it travels every round, what a newcomer is sent, a whole state.
 
     Stand-ins of the right shapes.
     """
 
+    began: Mapping[str, Tensor]
     down: Mapping[str, Tensor]
     up: Mapping[str, Tensor]
     once: Mapping[str, Tensor]
@@ -156,7 +158,7 @@ def _messages(settings: FederateSettings, base: FrozenBase) -> _Messages:
     if up and isinstance(strategy, Hears):
         up["loss"] = torch.zeros(())
     once = sent_to_newcomers(settings, server)
-    return _Messages(sent_to_clients(strategy, server), up, once, state)
+    return _Messages(server.shared, sent_to_clients(strategy, server), up, once, state)
 
 
 def _zeros(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -199,13 +201,18 @@ def _rows_of(training: LocalTraining, rows: int) -> int:
 
 
 def _traffic(settings: FederateSettings, messages: _Messages, schedule: _Schedule) -> Traffic:
-    def size(tensors: Mapping[str, Tensor], client: str) -> int:
+    def own(tensors: Mapping[str, Tensor], client: str) -> Mapping[str, Tensor]:
         rank = settings.ranks.get(client)
-        own = tensors if rank is None else narrowed(tensors, rank)
-        return serialized_bytes(own) if own else 0
+        return tensors if rank is None else narrowed(tensors, rank)
+
+    def size(tensors: Mapping[str, Tensor], client: str) -> int:
+        return _bytes(own(tensors, client))
+
+    def answer(client: str) -> int:
+        return _bytes(wire_form(settings, own(messages.began, client), own(messages.up, client)))
 
     down = {name: size(messages.down, name) for name in schedule.sent}
-    up = {name: size(messages.up, name) for name in schedule.sent}
+    up = {name: answer(name) for name in schedule.sent}
     return Traffic(
         max(down.values()),
         max(up.values()),
@@ -213,6 +220,10 @@ def _traffic(settings: FederateSettings, messages: _Messages, schedule: _Schedul
         + sum(size(messages.once, name) for name in schedule.new),
         sum(up[name] * times for name, times in schedule.answered.items()),
     )
+
+
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
+    return serialized_bytes(tensors) if tensors else 0
 
 
 def _learning(settings: FederateSettings, state: ClientState, clients: int) -> ClientState:

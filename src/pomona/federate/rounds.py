@@ -14,6 +14,7 @@ from pomona.federate.engine import Answer, Engine
 from pomona.federation.dp_sgd import DPSGD
 from pomona.federation.measure import communication, message_bytes
 from pomona.federation.privacy import epsilon, noise_key, protect
+from pomona.federation.secure_sum import summed
 from pomona.federation.settings import FederateSettings
 from pomona.federation.strategies import Corrects, ServerState, Strategy, frozen_part
 from pomona.federation.update import ClientState, Update, within
@@ -160,6 +161,8 @@ def _protected(
 ) -> Iterable[Update]:
     """Return what the strategy may see of the updates; what clients noise themselves comes as it is."""
     privacy = engine.settings.privacy
+    if engine.settings.secure_aggregation:
+        return summed(snapshot.server.shared, updates)
     if privacy is None or privacy.where == "local":
         return updates
     key, _ = noise_key(engine.settings.seed)

@@ -25,12 +25,14 @@ from pomona.federate.in_process import InProcess
 from pomona.federate.pace import paced
 from pomona.federate.policy import Policy
 from pomona.federate.prepare import prepare
+from pomona.federate.site_masks import SiteMasks
 from pomona.federation.clients import ClientRows
 from pomona.federation.holdings import holdings_of
 from pomona.federation.measure import communication, message_bytes
 from pomona.federation.settings import FederateSettings
 from pomona.federation.strategies import ServerState
 from pomona.models.loading import Load, load_model
+from pomona.models.lora import widened
 from pomona.models.placement import find_devices
 from pomona.models.received import decoded, encoded
 from pomona.parcel import Parcel
@@ -81,6 +83,9 @@ class Member:
                 "evaluate": self._joined.evaluate,
                 "held back": self._joined.held_back,
                 "finish": self._joined.finish,
+                "mask keys": self._joined.masks.keys,
+                "mask shares": self._joined.masks.shares,
+                "open masks": self._joined.open_masks,
             }.get(asked.kind)
             if work is None:
                 raise PomonaError(
@@ -139,8 +144,22 @@ class _Joined:
             },
         )
 
+    @property
+    def masks(self) -> SiteMasks:
+        """What hides this site's part of a sum."""
+        return SiteMasks(self.site.name, self.federation_id, self.site.state)
+
     def train(self, asked: Parcel) -> Parcel:
-        """Train a round, or send again what was sent of it."""
+        """Train a round, or send again what was sent of it; under masks where only sums are to be seen."""
+        answer = self._trained(asked)
+        hidden = self.engine.settings.secure_aggregation and answer.tensors
+        return self.masks.hide(answer, asked) if hidden else answer
+
+    def open_masks(self, asked: Parcel) -> Parcel:
+        """Open the sum of the round that was finished last."""
+        return self.masks.open(asked, self.snapshot.round)
+
+    def _trained(self, asked: Parcel) -> Parcel:
         federation, run, name = self.engine.federation, self.engine.run, self.site.name
         round_, settings = _round_of(asked), federation.settings
         again = self._again(asked, round_)
@@ -151,7 +170,7 @@ class _Joined:
         (answer,) = self.engine.train(replace(self.snapshot, server=server), [name], round_, finish)
         update = answer.update
         self.site.policy.check_tensors(update.shared if update else {})
-        tensors = {} if update is None else update.shared
+        tensors = {} if update is None else update.tensors
         parcel = Parcel(
             "update",
             {
@@ -219,9 +238,12 @@ class _Joined:
         """Return what the coordinator holds: what it sent, and what cannot have changed."""
         tensors = {n: v.to(self._device) for n, v in decoded(asked.tensors).items()}
         memory = set(asked.told.get("memory", ()))
+        first = self.engine.federation.server_first
         shared = {n: v for n, v in tensors.items() if n not in memory}
+        if self.engine.settings.ranks:
+            shared = widened(shared, first)  # as a simulation has it, to the last bit
         return ServerState(
-            {**self.engine.federation.server_first, **shared},
+            {**first, **shared},
             {n: v for n, v in tensors.items() if n in memory},
         )
 
@@ -235,6 +257,7 @@ def _joined(site: Site, asked: Parcel) -> _Joined:
     text, federation_id = str(asked.told["recipe"]), str(asked.told["federation"])
     site.policy.check_recipe(text)
     settings = site.read(text, site.model)
+    site.policy.check_sums(settings.secure_aggregation or settings.strategy.shares == "nothing")
     rows = {site.name: site.rows}
     inputs = inputs_of(site.model, rows, site.progress)
     other = difference(Inputs(dict(asked.told["model"]), inputs.clients), inputs)

@@ -18,22 +18,11 @@ import torch
 from torch import Tensor
 
 from pomona.errors import PomonaError
-from pomona.federation.strategies import (
-    Corrects,
-    FedAdagrad,
-    FedAdam,
-    FedAvg,
-    FedAvgM,
-    FedProx,
-    FedYogi,
-    Hears,
-    Strategy,
-)
+from pomona.federation.strategies import AVERAGING, Corrects, Hears, Strategy, only_averages
 from pomona.federation.update import Update
 from pomona.seeds import torch_generator
 
 KEY = "POMONA_NOISE_KEY"
-_AVERAGING = (FedAvg, FedProx, FedAvgM, FedAdagrad, FedAdam, FedYogi)
 _Tensors = dict[str, Tensor]
 Sample = tuple[int, int]
 """How many were sampled, of how many."""
@@ -84,8 +73,8 @@ class Privacy:
             raise PomonaError(
                 f"{name} sends more than its update, which [privacy] does not protect; leave one of them out"
             )
-        if self.where == "central" and not isinstance(strategy, _AVERAGING):
-            known = ", ".join(kind.__name__ for kind in _AVERAGING)
+        if self.where == "central" and not only_averages(strategy):
+            known = ", ".join(kind.__name__ for kind in AVERAGING)
             raise PomonaError(
                 f"{name} looks at every update, but central privacy shows a strategy only their noised "
                 f'mean; use privacy where = "local", or one of {known}'

@@ -15,8 +15,10 @@ from pomona.federation.local import LocalTraining
 from pomona.federation.privacy import Privacy
 from pomona.federation.rehearsal import Rehearsal
 from pomona.federation.sampling import participants, sample_size, survivors
+from pomona.federation.secure_sum import FEWEST
 from pomona.federation.shared_expert import SharedGraft
 from pomona.federation.strategies import (
+    AVERAGING,
     FedAvg,
     FlexLoRA,
     FLoRA,
@@ -25,6 +27,7 @@ from pomona.federation.strategies import (
     LocalOnly,
     Scaffold,
     Strategy,
+    only_averages,
 )
 from pomona.models.lora import LoRA
 
@@ -63,10 +66,12 @@ class FederateSettings:
     adapter begins as; with it `rounds` may be 0, when everybody is a newcomer to what was shared. `ranks` gives
     some clients an adapter of a smaller rank. `shared_expert` adds to the adapter one more expert per layer,
     which everybody trains together. `rehearsal` holds every client to what the base says by itself, in
-    whatever it trains. With `checkpointing` a layer's activations are computed again in the backward pass: less
-    memory, one more forward pass. `compile` has torch compile the normalisations. `cohort` clients train at
-    once, and `experts` is how frozen experts are computed, by an implementation of transformers ("default":
-    the model's own); "auto" is what a trial finds fastest here, within free memory.
+    whatever it trains. `compression` "int8" rounds what clients send to eight bits, with error feedback;
+    `secure_aggregation` shows the server of a deployment nothing but sums. With `checkpointing` a layer's
+    activations are computed again in the backward pass: less memory, one more forward pass. `compile` has
+    torch compile the normalisations. `cohort` clients train at once, and `experts` is how frozen experts are
+    computed, by an implementation of transformers ("default": the model's own); "auto" is what a trial finds
+    fastest here, within free memory.
     """
 
     model: str = field(metadata={"path": True})
@@ -99,6 +104,8 @@ class FederateSettings:
     finish: Finish | None = None
     evaluation: Evaluation = field(default_factory=Evaluation)
     privacy: Privacy | None = None
+    compression: Literal["none", "int8"] = "none"
+    secure_aggregation: bool = False
 
     def __post_init__(self) -> None:
         for name in ("rounds", "cohort", "max_length"):
@@ -121,6 +128,7 @@ class FederateSettings:
                     "early_stop tells the loss of rows without noise, which [privacy] does not protect; leave "
                     "one of them out"
                 )
+        self._check_messages()
         self._check_dp_sgd()
         self._check_finish()
         if isinstance(self.strategy, Scaffold) and self.strategy.fraction != self.fraction:
@@ -150,6 +158,34 @@ class FederateSettings:
                 raise PomonaError(
                     f'client "{name}" joins in round {round_}, but the rounds are 1 to {self.rounds}'
                 )
+
+    def _check_messages(self) -> None:
+        """Raise `PomonaError` for messages that a strategy has no use for in their form."""
+        name = type(self.strategy).__name__
+        if self.compression != "none" and (
+            self.strategy.shares == "nothing" or isinstance(self.strategy, FLoRA)
+        ):
+            raise PomonaError(
+                f'compression = "{self.compression}" rounds the change of what the server has sent, and {name} '
+                "sends back no such thing; leave compression out"
+            )
+        if not self.secure_aggregation:
+            return
+        if not only_averages(self.strategy):
+            raise PomonaError(
+                f"{name} looks at every update, but secure_aggregation shows it only their sum; use one of "
+                f"{', '.join(kind.__name__ for kind in AVERAGING)}"
+            )
+        if self.pooled or self.compression != "none":
+            raise PomonaError(
+                "secure_aggregation adds up what several clients send in integers of its own; leave out "
+                f"{'pooled' if self.pooled else 'compression'}"
+            )
+        if self.privacy is not None and self.privacy.where == "central":
+            raise PomonaError(
+                'privacy where = "central" clips every update at the server, but secure_aggregation shows it '
+                'only their sum; use privacy where = "local"'
+            )
 
     def _check_finish(self) -> None:
         """Raise `PomonaError` when somebody trains after the last round and has nothing to train."""
@@ -265,6 +301,18 @@ class FederateSettings:
             raise PomonaError("joins: nobody takes part in round 1; let a client join then")
         if isinstance(self.strategy, Krum) and not self.pooled:
             self._check_krum(self.strategy, names)
+        if self.secure_aggregation:
+            self._check_sums(names)
+
+    def _check_sums(self, names: list[str]) -> None:
+        """Raise `PomonaError` for a round whose sum would tell one client of another."""
+        for round_ in range(1, self.rounds + 1):
+            answering = self.drawn(names, round_)[1]
+            if answering and len(answering) < FEWEST:
+                raise PomonaError(
+                    f"secure_aggregation: {len(answering)} clients answer in round {round_}, and the sum of "
+                    f"fewer than {FEWEST} hides nothing; raise fraction, or leave secure_aggregation out"
+                )
 
     def _check_krum(self, strategy: Krum, names: list[str]) -> None:
         """Raise `PomonaError` for a round that will have too few answers: who is lost is known before."""

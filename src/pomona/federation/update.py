@@ -45,18 +45,27 @@ class ClientState:
 
 @dataclass(frozen=True)
 class Update:
-    """What a client sends: the shared tensors, how many rows stand behind them, their loss if asked."""
+    """What a client sends: the shared tensors, how many rows stand behind them, their loss if asked.
+
+    `wire` is what travels in the place of `shared`, where that is compressed.
+    """
 
     client: str
     rows: int
     shared: Mapping[str, Tensor]
     loss: float | None = None
+    wire: Mapping[str, Tensor] | None = None
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The tensors that travel."""
+        return self.shared if self.wire is None else self.wire
 
     @property
     def message(self) -> dict[str, Tensor]:
-        """The tensors that are serialised."""
+        """The tensors that are serialised, with what is told beside them."""
         told = {} if self.loss is None else {"loss": torch.tensor(self.loss)}
-        return {**self.shared, **told}
+        return {**self.tensors, **told}
 
 
 def within(name: str, part: Part) -> bool:

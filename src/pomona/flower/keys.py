@@ -148,7 +148,7 @@ def _make_certificate(folder: Path, hosts: Sequence[str]) -> None:
 def _unsigned(
     subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
 ) -> x509.CertificateBuilder:
-    began = datetime.now(UTC) - timedelta(minutes=5)  # clocks differ a little
+    began = datetime.now(UTC) - timedelta(hours=1)  # clocks differ a little
     return (
         x509.CertificateBuilder()
         .subject_name(subject)

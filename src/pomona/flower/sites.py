@@ -19,6 +19,7 @@ from pomona.errors import PomonaError
 from pomona.flower.link import Link
 from pomona.flower.records import KIND, as_records, from_records
 from pomona.parcel import Parcel, Refused
+from pomona.progress import Tell, unheard
 
 _POLL = 0.02
 _LATE = 3600.0
@@ -70,6 +71,7 @@ class FlowerSites:
     named_by_key: bool = False
     bytes_sent: dict[str, int] = field(default_factory=dict[str, int])
     bytes_received: dict[str, int] = field(default_factory=dict[str, int])
+    note: Tell = field(default=unheard, repr=False)
 
     def ask(
         self,
@@ -128,11 +130,13 @@ class FlowerSites:
         left = max(0.0, end - time.monotonic())
         id_ = self.post.push(at[0], parcel, left + _LATE)  # what comes later is nobody's answer
         self.bytes_sent[name] = self.bytes_sent.get(name, 0) + parcel.size
+        self.note(f'to "{name}": {_described(parcel)}')
         return {id_: _Asked(name, at, parcel)}
 
     def _count(self, name: str, answer: Parcel | Refused) -> None:
         if isinstance(answer, Parcel):
             self.bytes_received[name] = self.bytes_received.get(name, 0) + answer.size
+            self.note(f'from "{name}": {_described(answer)}')
 
     def _ask_names(self, nodes: set[int], end: float) -> None:
         """Hear the names of nodes that no key tells; a name is its who has taken it last."""
@@ -149,6 +153,12 @@ class FlowerSites:
             if asked:
                 time.sleep(_POLL)
         self.post.forget(set(asked))
+
+
+def _described(parcel: Parcel) -> str:
+    round_ = parcel.told.get("round")
+    of = f" of round {round_}" if isinstance(round_, int) else ""
+    return f"{parcel.kind[:40]}{of}, {parcel.size:,} bytes"
 
 
 def named(parcel: Parcel, name: str) -> Parcel | None:

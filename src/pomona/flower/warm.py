@@ -25,7 +25,7 @@ class Worker:
     command: Sequence[str]
     first: Parcel
     tell: Tell = field(repr=False)
-    _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+    _process: subprocess.Popen[str] | None = field(default=None, repr=False)
     _link: socket | None = field(default=None, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _closed: bool = False
@@ -35,9 +35,15 @@ class Worker:
         ours, theirs = socketpair(AF_UNIX, SOCK_STREAM)
         number = theirs.fileno()
         self._process = subprocess.Popen(
-            [*self.command, str(number)], pass_fds=(number,), start_new_session=True
+            [*self.command, str(number)],
+            pass_fds=(number,),
+            start_new_session=True,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
         )
         theirs.close()
+        threading.Thread(target=self._relay, args=(self._process,), daemon=True).start()
         self._link = ours
         answer = self._exchange(self.first)
         if answer is None:
@@ -85,6 +91,13 @@ class Worker:
                     os.killpg(process.pid, signal_)
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(patience)
+
+    def _relay(self, process: subprocess.Popen[str]) -> None:
+        """Tell what a process says on its way, and at its end."""
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.strip():
+                self.tell(f"worker: {line.strip()}")
 
     def _start_anew(self) -> None:
         if self._link is not None:

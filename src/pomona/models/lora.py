@@ -144,6 +144,18 @@ def of_rank(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
     return cut
 
 
+def widened(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what `narrowed` has cut at its full rank again, zeros beyond; `like` has the shapes."""
+    whole: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        whole[name] = value
+        if name in like and like[name].shape != value.shape:
+            whole[name] = torch.zeros_like(like[name])
+            rank = value.shape[-2] if name.endswith("lora_A") else value.shape[-1]
+            _first(name, whole[name], rank).copy_(value)
+    return whole
+
+
 def _first(name: str, value: Tensor, rank: int) -> Tensor:
     """Return a view of a factor's first directions; what is no factor is whole."""
     if not name.endswith(("lora_A", "lora_B")):

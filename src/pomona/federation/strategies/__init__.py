@@ -41,7 +41,26 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "local-only": LocalOnly,
 }
 
+AVERAGING: tuple[type[Strategy], ...] = (
+    FedAvg,
+    FedProx,
+    FedAvgM,
+    FedAdagrad,
+    FedAdam,
+    FedYogi,
+    FFALoRA,
+    FedSALoRA,
+)
+"""Strategies that need of all updates no more than their mean."""
+
+
+def only_averages(strategy: Strategy) -> bool:
+    """Whether the mean of a round's updates in the place of all of them changes nothing."""
+    return isinstance(strategy, AVERAGING)
+
+
 __all__ = [
+    "AVERAGING",
     "STRATEGIES",
     "Corrects",
     "FFALoRA",
@@ -67,4 +86,5 @@ __all__ = [
     "Tilted",
     "TrimmedMean",
     "frozen_part",
+    "only_averages",
 ]

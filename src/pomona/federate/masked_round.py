@@ -1,0 +1,122 @@
+"""The coordinator's half of a sum under masks: it carries keys and shares, and takes away what is left over."""
+
+import json
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from pomona.errors import PomonaError
+from pomona.federate.heard import keys_of, of_kind, shares_of
+from pomona.federate.site_masks import told_keys
+from pomona.federation.masks import Keys, Unmasking
+from pomona.federation.secure_sum import FEWEST
+from pomona.files import read_as, write_json
+from pomona.parcel import Parcel
+
+
+class Gather(Protocol):
+    """Asks sites until at least so many have answered."""
+
+    def __call__(
+        self,
+        parcels: Mapping[str, Parcel],
+        keep: Callable[[str, Parcel], None],
+        what: str,
+        least: int = 1,
+    ) -> None:
+        """Give what every site answers to `keep`, which raises `PomonaError` for what does not count."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Opening:
+    """opening.json: of whom the sum of a round is, from before anybody is asked to open it."""
+
+    round: int
+    answered: list[str]
+
+
+class MaskedRound:
+    """One attempt at one round: who is in it, and how what they send comes to be a sum.
+
+    A round whose sum was begun to be opened is opened for the same sites or not at all.
+    """
+
+    def __init__(
+        self, gather: Gather, federation: str, round_: int, names: Sequence[str], folder: Path
+    ):
+        self._gather, self._round = gather, round_
+        self._path = folder / "opening.json"
+        self._before = self._opening()
+        self.names = list(names) if self._before is None else self._before
+        self._session = secrets.token_hex(16)
+        self._told = {"federation": federation, "round": round_, "session": self._session}
+        self._federation = federation
+        self._keys: dict[str, Keys] = {}
+        self._sealed: dict[str, dict[str, bytes]] = {}
+        self.threshold = len(self.names)
+        if self._before is None:
+            self.threshold = max(FEWEST, len(self.names) // 2 + 1)
+
+    def agree(self) -> None:
+        """Have sites exchange the keys and the sealed shares of their masks; who does not is left out."""
+        if len(self.names) < self.threshold:
+            raise PomonaError(
+                f"round {self._round}: secure aggregation needs {self.threshold} sites, and {len(self.names)} "
+                "are asked; start more, or leave secure_aggregation out"
+            )
+
+        def keep_keys(name: str, answer: Parcel) -> None:
+            of_kind(answer, "mask keys")
+            keys[name] = keys_of(answer.told.get("keys"))
+
+        def keep_shares(name: str, answer: Parcel) -> None:
+            of_kind(answer, "mask shares")
+            self._sealed[name] = shares_of(answer.told.get("shares"), keys)
+
+        keys: dict[str, Keys] = {}
+        ask = {name: Parcel("mask keys", self._told) for name in self.names}
+        self._gather(ask, keep_keys, f"masks of round {self._round}", self.threshold)
+        self._keys = keys
+        ask = {name: Parcel("mask shares", self.told()) for name in self._in_order(keys)}
+        self._gather(ask, keep_shares, f"masks of round {self._round}", self.threshold)
+        self._keys = {name: keys[name] for name in self._in_order(self._sealed)}
+
+    @property
+    def peers(self) -> list[str]:
+        """Who is in it, in order."""
+        return list(self._keys)
+
+    def told(self) -> dict[str, Any]:
+        """Return what goes along with a question about this sum."""
+        keys = {name: told_keys(own) for name, own in self._keys.items()}
+        return {**self._told, "keys": keys, "threshold": self.threshold}
+
+    def opened(self, answered: Sequence[str]) -> Unmasking:
+        """Have the masks of those who have answered opened."""
+        write_json(self._path, asdict(_Opening(self._round, sorted(answered))))
+        opened: dict[str, Mapping[str, bytes]] = {}
+
+        def keep(name: str, answer: Parcel) -> None:
+            of_kind(answer, "masks opened")
+            opened[name] = shares_of(answer.told.get("shares"), self._keys)
+
+        ask = {name: Parcel("open masks", self._opens(name, answered)) for name in answered}
+        self._gather(ask, keep, f"opening the sum of round {self._round}", self.threshold)
+        session = json.dumps([self._federation, self._round, self._session])
+        return Unmasking.of(session, self._keys, answered, opened, self.threshold)
+
+    def _opens(self, name: str, answered: Sequence[str]) -> dict[str, Any]:
+        shares = {sender: sealed[name].hex() for sender, sealed in self._sealed.items()}
+        return {**self.told(), "answered": list(answered), "shares": shares}
+
+    def _in_order(self, names: Mapping[str, object]) -> list[str]:
+        return [name for name in self.names if name in names]
+
+    def _opening(self) -> list[str] | None:
+        if not self._path.is_file():
+            return None
+        opening = read_as(self._path, _Opening)
+        return opening.answered if opening.round == self._round else None
