@@ -13,6 +13,7 @@ from pomona.cli.app import app, main
 
 COMMANDS = (
     *("reconstruct", "federate", "evaluate", "judge", "report", "demo"),
+    *("chat", "serve-model", "export", "inspect"),
     *("serve", "join", "keys", "status"),
 )
 
@@ -51,7 +52,7 @@ def test_every_option_and_argument_is_explained(monkeypatch, capsys, command):
     _, out, _ = pomona_says(monkeypatch, capsys, command, "--help")
     described = " ".join(line.strip("│ ") for line in out.splitlines())
     params = typer.main.get_command(app).commands[command].params
-    assert len(params) >= (1 if command == "status" else 2)
+    assert len(params) >= (1 if command in ("status", "inspect") else 2)
     for param in params:
         assert param.help, param.name
         assert param.help.endswith("."), param.name

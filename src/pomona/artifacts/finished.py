@@ -115,14 +115,15 @@ def load_runs(paths: Sequence[Path]) -> list[FinishedRun]:
     Raises `PomonaError` naming one that is none, its file that is damaged, or two that cannot be
     compared: of different models, or of one method and not only of different seeds.
     """
-    runs = [_load(path) for path in paths]
+    runs = [load_run(path) for path in paths]
     for i, run in enumerate(runs):
         for other in runs[:i]:
             _check_comparable(other, run)
     return runs
 
 
-def _load(path: Path) -> FinishedRun:
+def load_run(path: Path) -> FinishedRun:
+    """Read a finished run directory; raises `PomonaError` naming what is missing or damaged."""
     if not (path / "run.json").is_file():
         raise PomonaError(f"{path} is no run directory: it holds no run.json")
     if not (path / "results.json").is_file():

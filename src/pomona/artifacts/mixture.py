@@ -60,7 +60,7 @@ def write_mixture(
         tensors = mixture_tensors(checkpoint, family, container, sizes, plan.shared_LS, noted)
         write_sharded(partial, passing.tensors(tensors), shard_bytes)
         write_json(partial / "config.json", container.config(checkpoint.config, sizes))
-        _copy_all(_TOKENIZER_FILES, checkpoint.folder, partial)
+        copy_tokenizer(checkpoint.folder, partial)
         hidden = checkpoint.shape(f"{family.mlp.format(layer=0)}.down_proj.weight")[0]
         idle = (sizes.experts - sizes.active) * 3 * sizes.width * hidden * len(passing.kept)
         made = Reconstruction(
@@ -112,6 +112,11 @@ class _Passing:
         for name, tensor in named:
             self.parameters += tensor.numel()
             yield name, tensor
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy a checkpoint's tokenizer and what it says of generation."""
+    _copy_all(_TOKENIZER_FILES, source, target)
 
 
 def _copy_all(names: Iterable[str], source: Path, target: Path) -> None:

@@ -1,11 +1,12 @@
 """A model to look at: a checkpoint, with a client's adapter and graft where they are given."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from pomona.artifacts.graft_format import read_graft
 from pomona.artifacts.origin import check_base
@@ -14,7 +15,7 @@ from pomona.errors import PomonaError
 from pomona.federation.cohort import FrozenBase
 from pomona.federation.graft import Graft, check_count, init_graft, selected_experts
 from pomona.federation.shared_expert import SharedExpert
-from pomona.federation.update import ClientState
+from pomona.federation.update import ClientState, stack
 from pomona.models.experts import ExpertSite, find_expert_sites, freeze
 from pomona.models.loading import load_model
 from pomona.models.peft_format import read_adapter
@@ -45,9 +46,55 @@ def open_personal(personal: PersonalModel) -> tuple[FrozenBase, ClientState]:
 
     Raises `PomonaError` when a part does not belong to the model.
     """
-    source, adapter, graft = personal.source, personal.adapter, personal.graft
-    model = moved(load_model(source, "float32"), find_device(personal.device))
+    return put_on(load_base(personal.source, personal.device), personal)
+
+
+def load_personal(
+    base: str | Path,
+    graft: str | Path | None = None,
+    adapter: str | Path | None = None,
+    personal: str | Path | None = None,
+    device: str = "auto",
+) -> PreTrainedModel:
+    """Return a transformers model with a client's parts on it: it generates, and it trains.
+
+    `base` is a checkpoint folder or Hub id; the others are folders that a federation has written. The parts are
+    parameters of the model's `personal_parts`, whose gradients are on; the base is frozen. `save_pretrained`
+    writes the base alone; `pomona export` writes both. Raises `PomonaError` when a part does not belong to it.
+    """
+    folders = [None if path is None else Path(path) for path in (adapter, graft, personal)]
+    whole = PersonalModel(str(base), folders[0], folders[1], folders[2], device)
+    frozen, state = open_personal(whole)
+    stacked = stack([replace(state, memory={})]).to(frozen.device)
+    parts = nn.ParameterDict()
+
+    def one(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        own = dict(tensors)
+        for name, value in tensors.items():
+            if value.is_floating_point():
+                own[name] = parts[f"{kind}/{name}".replace(".", "/")] = nn.Parameter(value)
+        return own
+
+    kinds = ("adapter", "graft", "personal")
+    frozen.attach(ClientState(*(one(kind, getattr(stacked, kind)) for kind in kinds)))
+    model = frozen.model
+    model.personal_parts = parts
+    known = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    ours = (f"personal_parts.{name}" for name in parts)
+    setattr(model, "_keys_to_ignore_on_save", {*known, *ours})  # noqa: B010 - transformers' own
+    return model
+
+
+def load_base(source: str, device: str = "auto") -> PreTrainedModel:
+    """Load a model in float32, frozen, for as many clients' parts as there are."""
+    model = moved(load_model(source, "float32"), find_device(device))
     freeze(model)
+    return model
+
+
+def put_on(model: PreTrainedModel, personal: PersonalModel) -> tuple[FrozenBase, ClientState]:
+    """Read a client's parts for a base that is loaded; see `open_personal`."""
+    source, adapter, graft = personal.source, personal.adapter, personal.graft
     read = AdapterFolder() if adapter is None else read_shared(adapter)
     settings, private = (None, {}) if graft is None else read_graft(graft)
     own_lora, own = (None, {}) if personal.personal is None else read_adapter(personal.personal)

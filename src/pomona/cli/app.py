@@ -8,15 +8,19 @@ from typing import Annotated, Any
 import typer
 
 import pomona
+from pomona.cli.chat import chat
 from pomona.cli.demo import demo
 from pomona.cli.evaluate import evaluate
+from pomona.cli.export import export
 from pomona.cli.federate import federate
+from pomona.cli.inspect import inspect
 from pomona.cli.join import join
 from pomona.cli.judge import judge
 from pomona.cli.keys import keys
 from pomona.cli.reconstruct import reconstruct
 from pomona.cli.report import report
 from pomona.cli.serve import serve
+from pomona.cli.serve_model import serve_model
 from pomona.cli.status import status
 from pomona.errors import PomonaError
 
@@ -62,6 +66,10 @@ for command, interrupted in {
     evaluate: NOTHING_KEPT,
     judge: NOTHING_KEPT,
     report: NOTHING_KEPT,
+    chat: "",
+    serve_model: "",
+    export: NOTHING_KEPT,
+    inspect: NOTHING_KEPT,
     demo: GO_ON,
     serve: GO_ON,
     join: GO_ON,

@@ -1,0 +1,1 @@
+"""Personal models that answer: in a terminal, or behind an OpenAI-compatible endpoint."""
