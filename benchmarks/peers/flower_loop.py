@@ -105,7 +105,7 @@ class Flower:
         config = f'folder="{folder}" clients={clients} rounds={rounds}'
         federation = f"num-supernodes={clients} client-resources-num-cpus={cpus} "
         federation += f"init-args-num-cpus={all_cpus}"
-        command = [_program("flwr"), "run", str(APP), "benchmark", "--stream"]
+        command = [program("flwr"), "run", str(APP), "benchmark", "--stream"]
         command += ["--run-config", config, "--federation-config", federation]
         done = subprocess.run(
             command,
@@ -124,21 +124,21 @@ class Flower:
 def flower() -> Iterator[Flower]:
     """Start a SuperLink of one's own on a free port; end it and what it started with the block."""
     with tempfile.TemporaryDirectory(prefix="flower-") as name:
-        home, port = Path(name), _free_port()
+        home, port = Path(name), free_port()
         address = f'address = "127.0.0.1:{port}"\ninsecure = true\n'
         (home / "config.toml").write_text(f"[superlink.benchmark]\n{address}", "utf-8")
         paths = [str(APP.parent.parent), str(APP), os.environ.get("PYTHONPATH", "")]
         programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         environment = {**os.environ, **QUIET, "FLWR_HOME": str(home), "PATH": programs}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-        command = [_program("flower-superlink"), "--insecure", "--simulation"]
+        command = [program("flower-superlink"), "--insecure", "--simulation"]
         command += ["--host", "127.0.0.1", "--port", str(port)]
         with (home / "superlink.log").open("w") as log:
             link = subprocess.Popen(
                 command, env=environment, cwd=home, stdout=log, stderr=log, start_new_session=True
             )
         try:
-            _wait_for(port, link, home / "superlink.log")
+            wait_for(port, link, home / "superlink.log")
             yield Flower(home, environment)
         finally:
             with suppress(ProcessLookupError):  # it may have ended by itself
@@ -150,7 +150,7 @@ def flower() -> Iterator[Flower]:
                 link.wait()
 
 
-def _program(name: str) -> str:
+def program(name: str) -> str:
     program = Path(sys.executable).parent / name
     if not program.exists():
         raise RuntimeError(
@@ -160,13 +160,13 @@ def _program(name: str) -> str:
     return str(program)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         return taken.getsockname()[1]
 
 
-def _wait_for(port: int, link: subprocess.Popen[bytes], log: Path, seconds: float = 120.0) -> None:
+def wait_for(port: int, link: subprocess.Popen[bytes], log: Path, seconds: float = 120.0) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end and link.poll() is None:
         with socket.socket() as tried:

@@ -1,0 +1,1 @@
+"""Rounds in which nothing is trained: what Flower's deployment itself takes."""
