@@ -31,16 +31,16 @@ from pomona.artifacts.checkpoint import Snapshot
 from pomona.artifacts.inputs import inputs_of
 from pomona.artifacts.run import RunDirectory
 from pomona.cli.console import console, print_table, progress_bars
-from pomona.federate.birth import begin
-from pomona.federate.engine import Answer
-from pomona.federate.finish import finish
-from pomona.federate.in_process import InProcess
-from pomona.federate.prepare import prepare
-from pomona.federate.rounds import through_rounds
 from pomona.federation.holdings import holdings_of
 from pomona.federation.partition import Dirichlet
 from pomona.federation.settings import FederateSettings, Finish
 from pomona.federation.strategies import FedAvg, Krum, Median, Strategy, TrimmedMean
+from pomona.pipelines.federate.birth import begin
+from pomona.pipelines.federate.engine import Answer
+from pomona.pipelines.federate.finish import finish
+from pomona.pipelines.federate.in_process import InProcess
+from pomona.pipelines.federate.prepare import prepare
+from pomona.pipelines.federate.rounds import through_rounds
 from pomona.progress import titled
 from pomona.recipe import dump, read_recipe
 

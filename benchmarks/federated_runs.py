@@ -13,10 +13,10 @@ from transformers import AutoConfig
 from pomona.artifacts.finished import FinishedRun, load_runs
 from pomona.artifacts.run import RunDirectory
 from pomona.cli.console import progress_bars
-from pomona.federate import federate
 from pomona.federation.partition import ByCategory, Dirichlet, Partition
 from pomona.federation.settings import FederateSettings
 from pomona.federation.strategies import Scaffold
+from pomona.pipelines.federate import federate
 from pomona.progress import titled
 from pomona.recipe import dump, read_recipe
 

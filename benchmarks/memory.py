@@ -32,9 +32,9 @@ from pomona.files import write_text
 from pomona.models.dense import DENSE_FAMILIES
 from pomona.models.placement import Placement
 from pomona.models.weights import Checkpoint, write_sharded
+from pomona.pipelines.reconstruct import ReconstructSettings
 from pomona.recipe import dump
 from pomona.recipe.reconstruct import ReconstructRecipe
-from pomona.reconstruct import ReconstructSettings
 from pomona.reconstruction.estimate import estimate
 from pomona.reconstruction.retraining import Retraining
 from pomona.reconstruction.specialise import Specialise

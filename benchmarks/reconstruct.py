@@ -24,7 +24,7 @@ from pomona.cli.console import console, print_table
 from pomona.evaluation.intervals import Interval, paired_bootstrap, ratio_bootstrap
 from pomona.evaluation.loss import perplexity
 from pomona.files import write_text
-from pomona.reconstruct import ReconstructSettings
+from pomona.pipelines.reconstruct import ReconstructSettings
 
 
 def main() -> None:

@@ -19,8 +19,8 @@ from pomona.files import read_object, write_json
 from pomona.models.experts import freeze
 from pomona.models.fingerprint import checkpoint_digests
 from pomona.models.loading import load_model, load_tokenizer
+from pomona.pipelines.reconstruct import ReconstructSettings, reconstruct
 from pomona.progress import titled
-from pomona.reconstruct import ReconstructSettings, reconstruct
 from pomona.reconstruction.compensate import Bias, NoCompensation
 from pomona.reconstruction.planners import ActivationClusters, RandomSplit, TopChannels
 from pomona.reconstruction.retraining import ExpertStage, Objective, Retraining, RouterStage

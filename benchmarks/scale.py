@@ -31,10 +31,10 @@ from subjects import find_material, material, rootstock
 from pomona.artifacts.figures import svg
 from pomona.artifacts.run import RunDirectory
 from pomona.cli.console import print_table
-from pomona.federate import federate
 from pomona.federation.clients import ClientData
 from pomona.federation.settings import FederateSettings
 from pomona.files import atomic_folder, write_text
+from pomona.pipelines.federate import federate
 from pomona.recipe import dump, read_recipe
 
 LENGTH, ROWS = 128, 4

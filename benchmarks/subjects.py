@@ -22,7 +22,7 @@ from pomona.data.texts import read_domains
 from pomona.files import atomic_folder
 from pomona.models.loading import Dtype, load_tokenizer
 from pomona.models.placement import find_device
-from pomona.reconstruct import ReconstructSettings, reconstruct
+from pomona.pipelines.reconstruct import ReconstructSettings, reconstruct
 from pomona.reconstruction.retraining import ExpertStage, Retraining
 
 WORDS = 32_000

@@ -107,8 +107,8 @@ def _here(value: Any) -> Any:
 
 def main() -> None:
     from pomona.artifacts.run import RunDirectory
-    from pomona.federate import federate
     from pomona.federation.settings import FederateSettings
+    from pomona.pipelines.federate import federate
     from pomona.recipe import dump, read_recipe
 
     name_backend(NAME)

@@ -11,7 +11,6 @@ import pytest
 
 from pomona.artifacts.run import RunDirectory
 from pomona.errors import PomonaError
-from pomona.federate import federate
 from pomona.federation.dp_sgd import DPSGD
 from pomona.federation.evaluation import Evaluation
 from pomona.federation.graft import Graft
@@ -22,6 +21,7 @@ from pomona.federation.settings import FederateSettings
 from pomona.federation.shared_expert import SharedGraft
 from pomona.federation.strategies import FedProx, Scaffold
 from pomona.models.lora import LoRA
+from pomona.pipelines.federate import federate
 from pomona.recipe import dump
 
 PROGRAM = Path(__file__).with_name("another_device.py")

@@ -17,14 +17,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pomona.artifacts.personal import PersonalModel
 from pomona.artifacts.run import RunDirectory
 from pomona.errors import PomonaError
-from pomona.evaluate import Figures, on_rows, on_tasks, on_text, speed
-from pomona.federate import federate
 from pomona.federation.clients import ClientData
 from pomona.federation.evaluation import Evaluation
 from pomona.federation.graft import Graft
 from pomona.federation.local import LocalTraining
 from pomona.federation.settings import FederateSettings
 from pomona.models.lora import LoRA
+from pomona.pipelines.evaluate import Figures, on_rows, on_tasks, on_text, speed
+from pomona.pipelines.federate import federate
 from pomona.recipe import dump
 
 LENGTH = 96

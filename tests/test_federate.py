@@ -23,11 +23,11 @@ from pomona.artifacts import run as run_module
 from pomona.artifacts.graft_format import read_graft
 from pomona.artifacts.run import RunDirectory
 from pomona.errors import PomonaError
-from pomona.federate import federate
 from pomona.federation.partition import Dirichlet
 from pomona.federation.settings import FederateSettings
 from pomona.federation.strategies import FedAvg, FedProx, LocalOnly
 from pomona.models.peft_format import read_adapter
+from pomona.pipelines.federate import federate
 from pomona.progress import Tell, unheard
 from pomona.recipe import dump
 
@@ -88,7 +88,7 @@ def test_a_run_leaves_what_it_promises(settings, tmp_path):
 def test_saved_personal_model_is_the_one_that_was_evaluated(settings, tmp_path):
     """The published code saved untrained private weights; ours saves exactly what it measured."""
     from pomona.artifacts.personal import PersonalModel
-    from pomona.evaluate import on_rows
+    from pomona.pipelines.evaluate import on_rows
 
     run(settings, tmp_path / "run")
     answers = [json.loads(x) for x in (tmp_path / "run/answers.jsonl").read_text().splitlines()]

@@ -15,7 +15,6 @@ from pomona.artifacts.graft_format import read_graft
 from pomona.artifacts.personal import PersonalModel
 from pomona.artifacts.run import RunDirectory
 from pomona.errors import PomonaError
-from pomona.evaluate import on_rows
 from pomona.federation.early_stop import EarlyStop
 from pomona.federation.local import LocalTraining
 from pomona.federation.privacy import Privacy
@@ -34,6 +33,7 @@ from pomona.federation.strategies import (
 from pomona.models.lora import LoRA
 from pomona.models.peft_format import read_adapter
 from pomona.models.weights import read_tensors, write_tensors
+from pomona.pipelines.evaluate import on_rows
 
 
 def metrics(path: Path, model: str) -> list[dict]:

@@ -14,8 +14,6 @@ from pomona.artifacts.personal import PersonalModel
 from pomona.artifacts.report import write_report
 from pomona.artifacts.run import RunDirectory
 from pomona.errors import PomonaError
-from pomona.evaluate import on_rows
-from pomona.federate import federate
 from pomona.federation.clients import ClientData
 from pomona.federation.evaluation import Evaluation
 from pomona.federation.graft import Graft
@@ -23,6 +21,8 @@ from pomona.federation.local import LocalTraining
 from pomona.federation.selection import Gradient, Greedy, RandomExpert, SameExpert, Usage
 from pomona.federation.settings import FederateSettings
 from pomona.models.lora import LoRA
+from pomona.pipelines.evaluate import on_rows
+from pomona.pipelines.federate import federate
 from pomona.recipe import dump
 
 KINDS = {

@@ -12,11 +12,11 @@ from test_federate import WRITES, files_of, run, stopped_after
 from transformers import PreTrainedModel
 
 from pomona.errors import PomonaError
-from pomona.federate import pace as pace_module
-from pomona.federate.pace import Pace, Trial, free_bytes
-from pomona.federate.preview import cohort_memory
 from pomona.federation.evaluation import Evaluation
 from pomona.federation.local import LocalTraining
+from pomona.pipelines.federate import pace as pace_module
+from pomona.pipelines.federate.pace import Pace, Trial, free_bytes
+from pomona.pipelines.federate.preview import cohort_memory
 
 QUICK = Evaluation(every=9, rows=2, answers=1, new_tokens=2)
 
@@ -158,7 +158,7 @@ import sys, torch
 torch.set_num_threads(1)
 from dataclasses import replace
 from pomona.data.examples import Example
-from pomona.federate.preview import cohort_memory
+from pomona.pipelines.federate.preview import cohort_memory
 from pomona.federation.cohort import FrozenBase
 from pomona.federation.graft import Graft
 from pomona.federation.local import LocalTraining, train_cohort

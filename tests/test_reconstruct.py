@@ -16,8 +16,8 @@ from pomona.artifacts.personal import PersonalModel
 from pomona.artifacts.reconstruction_records import read_records
 from pomona.data.texts import encode_texts, read_domains, sample_windows
 from pomona.errors import PomonaError
-from pomona.evaluate import on_text
-from pomona.reconstruct import ReconstructSettings, reconstruct
+from pomona.pipelines.evaluate import on_text
+from pomona.pipelines.reconstruct import ReconstructSettings, reconstruct
 from pomona.reconstruction.compensate import NoCompensation
 from pomona.reconstruction.planners import ActivationClusters, RandomSplit, TopChannels
 from pomona.reconstruction.router import Centroids, Fitted, RandomRouter
@@ -316,7 +316,7 @@ def test_a_file_size_limit_of_the_system_leaves_nothing(dense_dir, tmp_path):
     script = (
         "import resource, sys; from pathlib import Path\n"
         "from laws.test_reconstruction_laws import DOMAINS, SMALL\n"
-        "from pomona.errors import PomonaError; from pomona.reconstruct import reconstruct\n"
+        "from pomona.errors import PomonaError; from pomona.pipelines.reconstruct import reconstruct\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))\n"
         f"try: reconstruct({str(dense_dir)!r}, DOMAINS, Path({str(tmp_path / 'out')!r}), SMALL)\n"
         "except PomonaError as error: print(error)\n"

@@ -27,7 +27,6 @@ from pomona.artifacts.sections.cost import cost
 from pomona.artifacts.table import compare, differences, load_runs, measured, pairwise, table
 from pomona.errors import PomonaError
 from pomona.evaluation.significance import holm
-from pomona.federate import federate
 from pomona.federation.clients import ClientData
 from pomona.federation.evaluation import Evaluation
 from pomona.federation.graft import Graft
@@ -37,6 +36,7 @@ from pomona.federation.settings import FederateSettings
 from pomona.federation.strategies import LocalOnly
 from pomona.files import digest_of
 from pomona.models.lora import LoRA
+from pomona.pipelines.federate import federate
 from pomona.recipe import dump
 
 

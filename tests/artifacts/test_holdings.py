@@ -13,7 +13,6 @@ from pomona.artifacts.report import write_report
 from pomona.artifacts.run import RunDirectory
 from pomona.data.rows import Row
 from pomona.errors import PomonaError
-from pomona.federate import federate
 from pomona.federation.clients import ClientData, ClientRows
 from pomona.federation.evaluation import Evaluation
 from pomona.federation.holdings import holdings_of
@@ -21,6 +20,7 @@ from pomona.federation.local import LocalTraining
 from pomona.federation.partition import EvenDirichlet
 from pomona.federation.settings import FederateSettings
 from pomona.models.lora import LoRA
+from pomona.pipelines.federate import federate
 from pomona.recipe import dump
 
 

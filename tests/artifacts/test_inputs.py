@@ -11,7 +11,6 @@ import torch
 from pomona.artifacts.inputs import Inputs, difference
 from pomona.artifacts.run import RunDirectory
 from pomona.errors import PomonaError
-from pomona.federate import federate
 from pomona.federation.clients import ClientData
 from pomona.federation.evaluation import Evaluation
 from pomona.federation.local import LocalTraining
@@ -19,6 +18,7 @@ from pomona.federation.settings import FederateSettings
 from pomona.models.fingerprint import checkpoint_digests
 from pomona.models.lora import LoRA
 from pomona.models.weights import read_tensors, write_tensors
+from pomona.pipelines.federate import federate
 from pomona.recipe import dump
 
 

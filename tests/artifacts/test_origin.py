@@ -13,8 +13,6 @@ from pomona.artifacts.personal import PersonalModel
 from pomona.artifacts.run import RunDirectory
 from pomona.data.templates import Alpaca, Chat
 from pomona.errors import PomonaError
-from pomona.evaluate import on_rows
-from pomona.federate import federate
 from pomona.federation.clients import ClientData
 from pomona.federation.evaluation import Evaluation
 from pomona.federation.graft import Graft
@@ -25,6 +23,8 @@ from pomona.models.fingerprint import base_fingerprint, experts_fingerprint
 from pomona.models.loading import load_model
 from pomona.models.lora import LoRA
 from pomona.models.weights import read_tensors, write_tensors
+from pomona.pipelines.evaluate import on_rows
+from pomona.pipelines.federate import federate
 from pomona.recipe import dump
 
 

@@ -16,7 +16,6 @@ from pomona.artifacts.report import write_report
 from pomona.artifacts.run import RunDirectory
 from pomona.artifacts.table import compare, load_runs, pairwise, table
 from pomona.errors import PomonaError
-from pomona.federate import federate
 from pomona.federation.clients import ClientData
 from pomona.federation.evaluation import Evaluation
 from pomona.federation.graft import Graft
@@ -25,6 +24,7 @@ from pomona.federation.settings import FederateSettings, Finish
 from pomona.federation.strategies import LocalOnly
 from pomona.files import digest_of
 from pomona.models.lora import LoRA
+from pomona.pipelines.federate import federate
 from pomona.recipe import build, dump
 
 

@@ -402,7 +402,7 @@ def test_evaluate_refuses_a_place_for_its_figures_before_it_measures(
     def measured(*_: object) -> None:
         raise AssertionError("nothing should be measured")
 
-    monkeypatch.setattr("pomona.evaluate.on_text", measured)
+    monkeypatch.setattr("pomona.pipelines.evaluate.on_text", measured)
     (tmp_path / "taken").write_text("mine")
     out = tmp_path if place in ("", "taken") else tmp_path / place
     message = refused("evaluate", moe_dir, "--text", domains, "--json", out)

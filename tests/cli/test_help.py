@@ -129,7 +129,7 @@ def test_help_needs_no_heavy_library():
 @pytest.mark.parametrize(
     ("command", "interrupts"),
     [
-        (("evaluate", "model", "--speed"), "pomona.evaluate.speed"),
+        (("evaluate", "model", "--speed"), "pomona.pipelines.evaluate.speed"),
         (("report", "run"), "pomona.artifacts.report.write_report"),
     ],
 )

@@ -20,7 +20,7 @@ from pomona.models.loading import load_model, load_tokenizer
 def test_the_shipped_model_is_small_and_knows_every_domain():
     assert sum(f.stat().st_size for f in story.MODEL.iterdir()) < 4_000_000
     from pomona.artifacts.personal import PersonalModel
-    from pomona.evaluate import on_text
+    from pomona.pipelines.evaluate import on_text
 
     tokenizer = load_tokenizer(story.MODEL)
     assert load_model(story.MODEL).config.vocab_size == len(tokenizer)

@@ -15,13 +15,13 @@ from pomona.artifacts.personal import PersonalModel, open_personal
 from pomona.data.questions import read_questions
 from pomona.data.templates import Alpaca
 from pomona.errors import PomonaError
-from pomona.evaluate import on_tasks
 from pomona.evaluation.tasks import LOCAL, TaskResults
 from pomona.federation.cohort import FrozenBase
 from pomona.federation.graft import Graft
 from pomona.models.experts import find_expert_sites
 from pomona.models.loading import load_model, load_tokenizer
 from pomona.models.lora import LoRA
+from pomona.pipelines.evaluate import on_tasks
 
 pytest.importorskip("lm_eval", reason="the `eval` extra is not installed: pip install pomona[eval]")
 from lm_eval.tasks import TaskManager

@@ -24,9 +24,9 @@ from pomona.errors import PomonaError
 from pomona.evaluation.judge import CRITERIA, Judge, open_bench, parse_score
 from pomona.federation.cohort import FrozenBase
 from pomona.federation.update import ClientState
-from pomona.judge import judge
 from pomona.models.loading import load_model
 from pomona.models.lora import LoRA
+from pomona.pipelines.judge import judge
 
 KEY = "sk-very-secret-0123456789"
 

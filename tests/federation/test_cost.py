@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pomona.artifacts.run import RunDirectory
 from pomona.errors import PomonaError
-from pomona.federate import federate
 from pomona.federation.clients import ClientData
 from pomona.federation.cohort import FrozenBase
 from pomona.federation.cost import base_flops, cost_of, lora_everywhere
@@ -24,6 +23,7 @@ from pomona.federation.update import ClientState
 from pomona.models.experts import find_expert_sites
 from pomona.models.loading import load_model, load_tokenizer
 from pomona.models.lora import LoRA, find_projections
+from pomona.pipelines.federate import federate
 from pomona.recipe import dump
 
 TOKENS = 20
@@ -140,7 +140,7 @@ def run(settings, path):
 
 def test_forgetting_is_the_loss_of_the_personal_model_on_the_same_text(settings, tmp_path):
     from pomona.artifacts.personal import PersonalModel
-    from pomona.evaluate import on_text
+    from pomona.pipelines.evaluate import on_text
 
     results = run(settings, tmp_path / "run")
     lines = [

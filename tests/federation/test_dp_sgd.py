@@ -23,7 +23,6 @@ from pomona.artifacts.report import write_report
 from pomona.artifacts.run import RunDirectory
 from pomona.data.examples import Example, collate
 from pomona.errors import PomonaError
-from pomona.federate import federate
 from pomona.federation.cohort import FrozenBase
 from pomona.federation.dp_sgd import DPSGD, RowNoise, clipped_sums, row_epsilon, steps_of
 from pomona.federation.early_stop import EarlyStop
@@ -43,6 +42,7 @@ from pomona.federation.strategies import FedAvg, FedProx, FLoRA, Scaffold, Tilte
 from pomona.federation.update import ClientState, stack
 from pomona.models.experts import find_expert_sites, freeze
 from pomona.models.lora import LoRA
+from pomona.pipelines.federate import federate
 from pomona.recipe import dump, read_recipe
 from pomona.training.loop import AdamW
 from pomona.training.loss import completion_losses

@@ -25,8 +25,6 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from pomona.artifacts.run import RunDirectory
 from pomona.cli.app import main
-from pomona.federate import federate
-from pomona.federate.preview import preview
 from pomona.federation.cohort import FrozenBase
 from pomona.federation.dp_sgd import DPSGD
 from pomona.federation.estimate import active_parameters
@@ -44,6 +42,8 @@ from pomona.models.experts import enable_checkpointing, find_expert_sites, freez
 from pomona.models.loading import load_model, outline_model
 from pomona.models.lora import LoRA
 from pomona.models.weights import serialized_bytes
+from pomona.pipelines.federate import federate
+from pomona.pipelines.federate.preview import preview
 from pomona.recipe import dump
 from pomona.training.loss import completion_losses
 

@@ -22,7 +22,6 @@ from test_federate import WRITES, stopped_after
 from pomona.artifacts.report import write_report
 from pomona.artifacts.run import RunDirectory
 from pomona.errors import PomonaError
-from pomona.federate import federate
 from pomona.federation.clients import ClientData
 from pomona.federation.early_stop import EarlyStop
 from pomona.federation.evaluation import Evaluation
@@ -43,6 +42,7 @@ from pomona.federation.strategies import (
 )
 from pomona.federation.update import Update
 from pomona.models.lora import LoRA
+from pomona.pipelines.federate import federate
 from pomona.progress import unheard
 from pomona.recipe import dump, read_recipe
 

@@ -15,12 +15,12 @@ from pomona.artifacts.personal import PersonalModel
 from pomona.artifacts.report import page
 from pomona.artifacts.run import RunDirectory
 from pomona.errors import PomonaError
-from pomona.evaluate import on_tasks
-from pomona.federate import federate
 from pomona.federation.evaluation import Evaluation
 from pomona.federation.local import LocalTraining
 from pomona.federation.strategies import LocalOnly
 from pomona.files import digest_of
+from pomona.pipelines.evaluate import on_tasks
+from pomona.pipelines.federate import federate
 from pomona.recipe import dump, read_recipe
 
 pytest.importorskip("lm_eval", reason="the `eval` extra is not installed: pip install pomona[eval]")

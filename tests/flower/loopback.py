@@ -11,15 +11,15 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from pomona.artifacts.run import RunDirectory
-from pomona.federate.across import Patience
-from pomona.federate.coordinate import coordinate
-from pomona.federate.policy import Policy
-from pomona.federate.site import Member, Site
 from pomona.federation.settings import FederateSettings
 from pomona.flower.link import Link
 from pomona.flower.node import Node
 from pomona.flower.sites import FlowerSites, LinkPost, named
 from pomona.parcel import Parcel
+from pomona.pipelines.federate.across import Patience
+from pomona.pipelines.federate.coordinate import coordinate
+from pomona.pipelines.federate.policy import Policy
+from pomona.pipelines.federate.site import Member, Site
 from pomona.recipe import dump
 from pomona.recipe.remote import at_site, for_sites
 
@@ -105,7 +105,7 @@ def sites_of(
         finally:
             for thread in threads.values():
                 thread.node.stopped.set()
-            link.mail.over = True  # nobody waits for messages any more
+            link.mail.close()  # nobody waits for messages any more
             for thread in threads.values():
                 thread.stop()
 

@@ -12,8 +12,6 @@ from safetensors.torch import load, load_file
 
 from pomona.artifacts.run import RunDirectory
 from pomona.errors import PomonaError
-from pomona.federate import federate
-from pomona.federate.across import Patience
 from pomona.federation.dp_sgd import DPSGD
 from pomona.federation.early_stop import EarlyStop
 from pomona.federation.local import LocalTraining
@@ -33,6 +31,8 @@ from pomona.federation.strategies import (
 )
 from pomona.models.lora import LoRA
 from pomona.parcel import Parcel
+from pomona.pipelines.federate import federate
+from pomona.pipelines.federate.across import Patience
 from pomona.recipe import dump
 
 SHARED = "shared/adapter_model.safetensors"
@@ -145,7 +145,7 @@ def test_a_site_that_has_gone_on_refuses_a_coordinator_that_is_behind(settings, 
     told: list[str] = []
     with sites_of(settings, tmp_path / "sites") as (sites, _):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("pomona.federate.coordinate._finished", lambda *_: {})
+            patch.setattr("pomona.pipelines.federate.coordinate._finished", lambda *_: {})
             run_across(short, tmp_path, sites)
         for path in sorted((tmp_path / "run").rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()

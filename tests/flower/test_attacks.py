@@ -20,13 +20,13 @@ from loopback import free_port, run_across, sites_of
 from safetensors.torch import load, save
 
 from pomona.errors import PomonaError
-from pomona.federate.across import Patience
-from pomona.federate.policy import Policy, model_digest, recipe_digest
 from pomona.flower.link import Link
 from pomona.flower.node import Node
 from pomona.flower.sites import FlowerSites, LinkPost
 from pomona.models.received import decoded
 from pomona.parcel import Parcel, Refused
+from pomona.pipelines.federate.across import Patience
+from pomona.pipelines.federate.policy import Policy, model_digest, recipe_digest
 from pomona.recipe.remote import at_site, for_sites
 
 

@@ -17,10 +17,10 @@ import pytest
 from running import Running
 
 from pomona.artifacts.run import RunDirectory
-from pomona.federate import federate
 from pomona.federation.clients import ClientData
 from pomona.federation.local import LocalTraining
 from pomona.flower.keys import make_keys
+from pomona.pipelines.federate import federate
 from pomona.recipe import dump
 
 pytestmark = pytest.mark.processes

@@ -14,7 +14,7 @@ import pytest
 from loopback import free_port
 
 from pomona.artifacts.run import RunDirectory
-from pomona.federate import federate
+from pomona.pipelines.federate import federate
 from pomona.recipe import dump
 
 pytestmark = pytest.mark.processes

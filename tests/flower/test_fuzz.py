@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from pomona.data.rows import read_rows
 from pomona.errors import PomonaError
-from pomona.federate.heard import answers_of, check_told, lines_of, presented
 from pomona.federation.settings import FederateSettings
 from pomona.flower.records import as_records, from_records
 from pomona.models.received import check_like, check_values, decoded, encoded
 from pomona.parcel import Parcel, dumped, loaded
+from pomona.pipelines.federate.heard import answers_of, check_told, lines_of, presented
 from pomona.recipe.remote import at_site
 
 EXAMPLES = int(os.environ.get("POMONA_FUZZ", "40"))

@@ -48,7 +48,7 @@ def asked(folder: Path, answers: dict, kind: type[Node] = Node) -> Generator[Flo
         yield FlowerSites(LinkPost(link))
         for one in nodes:
             one.stopped.set()
-        link.mail.over = True
+        link.mail.close()
         for thread in threads:
             thread.join(20)
         assert not any(thread.is_alive() for thread in threads)

@@ -11,7 +11,6 @@ import pytest
 from conftest import word_text
 
 from pomona.artifacts.run import RunDirectory
-from pomona.federate import federate
 from pomona.federation.clients import ClientData
 from pomona.federation.evaluation import Evaluation
 from pomona.federation.graft import Graft
@@ -19,8 +18,9 @@ from pomona.federation.local import LocalTraining
 from pomona.federation.settings import FederateSettings
 from pomona.federation.strategies import STRATEGIES
 from pomona.models.lora import LoRA
+from pomona.pipelines.federate import federate
+from pomona.pipelines.reconstruct import ReconstructSettings, reconstruct
 from pomona.recipe import dump
-from pomona.reconstruct import ReconstructSettings, reconstruct
 
 GOLDEN = Path(__file__).with_name("curves.json")
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pomona.models.loading import load_model
-from pomona.reconstruct import ReconstructSettings, reconstruct
+from pomona.pipelines.reconstruct import ReconstructSettings, reconstruct
 from pomona.reconstruction.planners import TopChannels
 
 CONVERTER = Path(__file__).resolve().parents[2] / "build" / "llama.cpp"

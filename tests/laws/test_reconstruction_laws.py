@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from pomona.errors import PomonaError
 from pomona.models.placement import Placement
-from pomona.reconstruct import ReconstructSettings, reconstruct
+from pomona.pipelines.reconstruct import ReconstructSettings, reconstruct
 from pomona.reconstruction.calibrate import merge, stats_of
 from pomona.reconstruction.compensate import Bias, NoCompensation, Ridge
 from pomona.reconstruction.planners import ActivationClusters, RandomSplit, TopChannels

@@ -14,10 +14,10 @@ from pomona.federation.partition import PARTITIONS, Dirichlet
 from pomona.federation.selection import SELECTIONS, RandomExpert
 from pomona.federation.settings import FederateSettings
 from pomona.federation.strategies import STRATEGIES, FedAvg, FedProx
+from pomona.pipelines.reconstruct import ReconstructSettings
 from pomona.recipe import build, dump, read_recipe
 from pomona.recipe.reconstruct import ReconstructRecipe, read_reconstruct_recipe
 from pomona.recipe.registries import REGISTRIES, lacking
-from pomona.reconstruct import ReconstructSettings
 from pomona.reconstruction.compensate import COMPENSATIONS
 from pomona.reconstruction.router import ROUTERS
 from pomona.reconstruction.scores import SCORES

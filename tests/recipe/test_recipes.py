@@ -7,9 +7,9 @@ import pytest
 from conftest import ROOT, save_model
 
 from pomona.federation.settings import FederateSettings
+from pomona.pipelines.reconstruct import ReconstructSettings, preview
 from pomona.recipe import dump, read_recipe
 from pomona.recipe.reconstruct import read_reconstruct_recipe
-from pomona.reconstruct import ReconstructSettings, preview
 from pomona.reconstruction.compensate import Bias, NoCompensation
 from pomona.reconstruction.planners import ActivationClusters, RandomSplit, TopChannels
 from pomona.reconstruction.retraining import ExpertStage, Objective, Retraining, RouterStage

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from pomona.errors import PomonaError
 from pomona.models.experts import enable_checkpointing, find_expert_sites, freeze
 from pomona.models.placement import Placement
-from pomona.reconstruct import preview, reconstruct
+from pomona.pipelines.reconstruct import preview, reconstruct
 from pomona.reconstruction.compensate import Bias
 from pomona.reconstruction.planners import ActivationClusters, RandomSplit, TopChannels
 from pomona.reconstruction.retraining import Retraining

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from pomona.errors import PomonaError
 from pomona.models.experts import find_expert_sites, freeze
 from pomona.models.routing import routed_by
-from pomona.reconstruct import reconstruct
+from pomona.pipelines.reconstruct import reconstruct
 from pomona.reconstruction.planners import TopChannels
 from pomona.reconstruction.retraining import ExpertStage, Objective, Retraining, RouterStage
 from pomona.reconstruction.retraining.objective import language_loss
@@ -435,7 +435,7 @@ AS_SAVED = {
 @pytest.mark.parametrize("experts", now_and_then(["lora"], ["full"]))
 def test_the_checkpoint_is_the_student_that_was_trained(tmp_path, monkeypatch, case, experts):
     """Merged in memory and opened by plain transformers: the same logits."""
-    import pomona.reconstruct as pipeline
+    import pomona.pipelines.reconstruct as pipeline
 
     tokens = torch.randint(3, 300, (3, 40), generator=torch.Generator().manual_seed(0))
     in_memory = {}

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pomona.cli.unbegun import entries_of, forget_unbegun
+from pomona.artifacts.unbegun import entries_of, forget_unbegun
 from pomona.errors import PomonaError
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML file of the federation.")]
@@ -54,14 +54,14 @@ def federate(
     _check_options(out, dry_run, tflops)
     from pomona.artifacts.run import RunDirectory
     from pomona.cli.console import console, print_comparison, progress_bars
-    from pomona.federate import federate as run_federation
     from pomona.federation.settings import FederateSettings
+    from pomona.pipelines.federate import federate as run_federation
     from pomona.recipe import dump, read_recipe
 
     absolute = str(Path(model).resolve()) if model and Path(model).exists() else model
     settings = read_recipe(recipe, FederateSettings, {"model": absolute, "seed": seed})
     if dry_run:
-        from pomona.federate.preview import preview
+        from pomona.pipelines.federate.preview import preview
 
         told = preview(settings, None if tflops is None else 1e12 * tflops, device)
         console.print(str(told))

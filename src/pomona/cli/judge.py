@@ -61,7 +61,7 @@ def judge(
     from pomona.cli.console import console, print_table, progress_bars
     from pomona.evaluation.judge import Judge
     from pomona.files import check_writable, write_json
-    from pomona.judge import judge as verb
+    from pomona.pipelines.judge import judge as verb
 
     if json is not None:
         check_writable(json)

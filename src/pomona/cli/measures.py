@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from pomona.cli.console import console, print_table
-from pomona.evaluate import Figures, TextMeasures
 from pomona.evaluation.experts import ExpertLoad
 from pomona.evaluation.speed import Speed
 from pomona.evaluation.tasks import TaskResults
 from pomona.files import write_text
+from pomona.pipelines.evaluate import Figures, TextMeasures
 
 
 @dataclass(frozen=True)

@@ -92,9 +92,9 @@ def reconstruct(
     """
     from pomona.cli.console import console, progress_bars
     from pomona.models.placement import Placement
+    from pomona.pipelines.reconstruct import preview
+    from pomona.pipelines.reconstruct import reconstruct as run_reconstruct
     from pomona.recipe.reconstruct import read_reconstruct_recipe
-    from pomona.reconstruct import preview
-    from pomona.reconstruct import reconstruct as run_reconstruct
 
     given: dict[str, object] = {
         "model": model,

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from pomona.artifacts.unbegun import entries_of, forget_unbegun
 from pomona.cli.join import check_security
-from pomona.cli.unbegun import entries_of, forget_unbegun
 from pomona.errors import PomonaError
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML file of the federation.")]
@@ -84,13 +84,13 @@ def serve(
     from pomona.artifacts.run import RunDirectory
     from pomona.cli.console import print_comparison, progress_bars
     from pomona.cli.log import Log
-    from pomona.federate.across import Patience
-    from pomona.federate.coordinate import coordinate
-    from pomona.federate.policy import model_digest, recipe_digest
     from pomona.federation.settings import FederateSettings
     from pomona.flower.keys import coordinator_keys
     from pomona.flower.link import Link
     from pomona.flower.sites import FlowerSites, LinkPost
+    from pomona.pipelines.federate.across import Patience
+    from pomona.pipelines.federate.coordinate import coordinate
+    from pomona.pipelines.federate.policy import model_digest, recipe_digest
     from pomona.recipe import dump, read_recipe
     from pomona.recipe.remote import for_sites
 

@@ -20,7 +20,7 @@ def main(number: int) -> None:
     if first is None:
         return
     try:
-        from pomona.federate.site import Member
+        from pomona.pipelines.federate.site import Member
 
         member = Member(_site(dict(first.told)))
     except PomonaError as error:
@@ -41,9 +41,9 @@ def main(number: int) -> None:
 def _site(told: dict[str, Any]) -> Any:
     """Return what the site is; raises `PomonaError` for rows or a policy that cannot be read."""
     from pomona.cli.console import quiet_libraries
-    from pomona.federate.policy import Policy, recipe_digest
-    from pomona.federate.site import Site
     from pomona.federation.clients import site_rows
+    from pomona.pipelines.federate.policy import Policy, recipe_digest
+    from pomona.pipelines.federate.site import Site
     from pomona.recipe import read_recipe
     from pomona.recipe.remote import at_site
 

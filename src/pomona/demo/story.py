@@ -11,15 +11,15 @@ from pomona.artifacts.run import RunDirectory
 from pomona.data.row import Row
 from pomona.demo.clients import client_rows
 from pomona.demo.domains import domain_texts
-from pomona.federate import federate
 from pomona.federation.graft import Graft
 from pomona.federation.settings import FederateSettings
 from pomona.federation.strategies import FedAvg, LocalOnly, Strategy
 from pomona.files import write_text
+from pomona.pipelines.federate import federate
+from pomona.pipelines.reconstruct import ReconstructSettings, reconstruct
 from pomona.progress import Progress, silent, titled
 from pomona.recipe import build, dump
 from pomona.recipe.read import read_table
-from pomona.reconstruct import ReconstructSettings, reconstruct
 
 MODEL = Path(str(files("pomona.demo"))) / "model"
 _RECIPE = Path(str(files("pomona.demo"))) / "recipe.toml"

@@ -50,6 +50,7 @@ def summed(sent: Mapping[str, Tensor], updates: Iterable[Update]) -> Iterator[Up
         rows, clients = rows + update.rows, clients + 1
         for name, value in update.shared.items():
             total[name] = total[name] + value if name in total else value
+        del update
     if clients > _MOST_CLIENTS:
         raise PomonaError(
             f"{clients} clients are more than {_MOST_CLIENTS}, which a sum of integers holds; lower fraction"

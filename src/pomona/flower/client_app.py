@@ -30,7 +30,7 @@ def query(message: Message, context: Context) -> Message:
 
 
 def _answer(asked: Parcel, context: Context) -> Parcel:
-    from pomona.federate.site import Member, Site
+    from pomona.pipelines.federate.site import Member, Site
     from pomona.recipe.remote import at_site
 
     settings, names = _settings(str(context.run_config["recipe"]))

@@ -5,10 +5,12 @@ that nobody can hand in code, start or stop a run over the network, and no app t
 """
 
 import asyncio
+import gc
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -38,10 +40,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from pomona.errors import PomonaError
 from pomona.flower.store import DiskStore
 
-_AT_ONCE = 4  # answers' chunks that are read into memory at the same time
-_LARGEST_REQUEST = 16 << 20  # Flower's chunks have 5 MB
+_LARGE = ("/push-object", "/pull-object")
+_AT_ONCE = 8  # chunks of messages that are in memory at the same time, either way
+_LARGEST_REQUEST = 16 << 20  # Flower's own chunks have 5 MB
 _BEAT = 20.0
-_LONG_POLL, _POLL = 5.0, 0.02
+_LONG_POLL = 5.0
 for _name in ("flwr", "uvicorn"):  # what matters is told in our own words
     logging.getLogger(_name).setLevel(logging.CRITICAL)
 
@@ -98,6 +101,7 @@ class Link:
             self.names[node] = name
         self._begin_run()
         self._app = _app(factory, self.keys is not None, self.mail)
+        gc.freeze()  # what is there now stays: collecting what requests leave is then quick
         try:
             self._serve(self._app)
         except BaseException:
@@ -112,10 +116,11 @@ class Link:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.mail.over = True
+        self.mail.close()
         self._over.set()
         self._server.should_exit = True
         self._thread.join(timeout=10)
+        gc.unfreeze()
         self.store.close()
 
     @property
@@ -232,7 +237,8 @@ class _LongPolls(BaseHTTPMiddleware):
 class Mail:
     """What is known of messages beside Flower: how many every node was sent, and was told of.
 
-    An answer of more than `largest` bytes is not taken, and its node remembered in `too_large`.
+    An answer of more than `largest` bytes is not taken, and its node remembered in `too_large`. Nodes wait in
+    the server's event loop, and messages are counted from other threads.
     """
 
     largest: int = 0
@@ -240,12 +246,28 @@ class Mail:
     too_large: set[int] = field(default_factory=set[int])
     sent: dict[int, int] = field(default_factory=dict[int, int])
     told: dict[int, int] = field(default_factory=dict[int, int])
-    over: bool = False
+    _waiting: dict[int, tuple[asyncio.AbstractEventLoop, asyncio.Event]] = field(
+        default_factory=dict[int, tuple[asyncio.AbstractEventLoop, asyncio.Event]]
+    )
+    _over: bool = False
 
     def add(self, node: int) -> None:
         """Count a message to a node."""
         self.sent[node] = self.sent.get(node, 0) + 1
         self.too_large.discard(node)
+        self._wake([node])
+
+    def close(self) -> None:
+        """Have nobody wait any more."""
+        self._over = True
+        self._wake(list(self._waiting))
+
+    def _wake(self, nodes: Iterable[int]) -> None:
+        for node in nodes:
+            if (waiting := self._waiting.get(node)) is not None:
+                loop, news = waiting
+                with suppress(RuntimeError):  # the server has ended
+                    loop.call_soon_threadsafe(news.set)
 
     def takes(self, request: PushObjectRequest) -> bool:
         """Count a part of an answer, and tell whether it may be as large as it is by now."""
@@ -257,28 +279,42 @@ class Mail:
 
     async def wait(self, node: int) -> None:
         """Return when there is a message to a node, or after a while."""
-        for _ in range(round(_LONG_POLL / _POLL)):
-            if self.over:
-                return
-            if self.sent.get(node, 0) > self.told.get(node, 0):
-                self.told[node] = self.told.get(node, 0) + 1
-                return
-            await asyncio.sleep(_POLL)
+        news = asyncio.Event()
+        self._waiting[node] = (asyncio.get_running_loop(), news)
+        try:  # what was counted before is seen here, what comes later sets the event
+            if not self._news(node):
+                await asyncio.wait_for(news.wait(), _LONG_POLL)
+        except TimeoutError:
+            return
+        finally:
+            if self._waiting.get(node, (None, None))[1] is news:
+                del self._waiting[node]
+        if not self._over:
+            self.told[node] = self.told.get(node, 0) + 1
+
+    def _news(self, node: int) -> bool:
+        return self._over or self.sent.get(node, 0) > self.told.get(node, 0)
 
 
 class _Bounded:
-    """Holds a coordinator's memory: few large requests are read at once, none larger than a chunk can be."""
+    """Holds a coordinator's memory: few large parts come or go at once, none larger than a chunk can be."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
-        self.slots = asyncio.Semaphore(_AT_ONCE)
+        self.slots = {path: asyncio.Semaphore(_AT_ONCE) for path in _LARGE}
+        self.read = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not scope["path"].endswith("/push-object"):
+        path = str(scope.get("path", ""))
+        slots = next((own for end, own in self.slots.items() if path.endswith(end)), None)
+        if scope["type"] != "http" or slots is None:
             await self.app(scope, _limited(receive), send)
             return
-        async with self.slots:
+        async with slots:
             await self.app(scope, _limited(receive), send)
+        self.read += 1
+        if self.read % _AT_ONCE == 0:
+            gc.collect()  # a request that was read stays behind in a circle of references
 
 
 def _limited(receive: Receive) -> Receive:

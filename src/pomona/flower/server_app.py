@@ -13,12 +13,12 @@ from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 
 from pomona.artifacts.run import RunDirectory
-from pomona.federate.across import Patience
-from pomona.federate.coordinate import coordinate
 from pomona.federation.settings import FederateSettings
 from pomona.flower.records import KIND, as_records, from_records
 from pomona.flower.sites import FlowerSites, refused_or
 from pomona.parcel import Parcel, Refused
+from pomona.pipelines.federate.across import Patience
+from pomona.pipelines.federate.coordinate import coordinate
 from pomona.recipe import dump, read_recipe
 from pomona.recipe.remote import for_sites
 

@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -25,6 +25,7 @@ _POLL = 0.02
 _LATE = 3600.0
 _SLOWEST_POLL = 0.5
 _LARGEST_ANSWER = 64 << 20  # bytes, and four times what was asked
+_NAMED_WITHIN = 60.0  # seconds, then it is asked again
 _NAMING = "name"
 """Asks a node for its name, where its key does not tell it."""
 
@@ -44,8 +45,8 @@ class Post(Protocol):
         """Send a parcel and return the message's id."""
         ...
 
-    def pull(self, ids: set[str]) -> list[tuple[str, Parcel | Refused | None]]:
-        """Return what has been answered to messages; None to one that is lost."""
+    def pull(self, ids: set[str]) -> Iterable[tuple[str, Parcel | Refused | None]]:
+        """Return what has been answered to messages, one at a time; None to one that is lost."""
         ...
 
     def forget(self, ids: set[str]) -> None:
@@ -72,6 +73,7 @@ class FlowerSites:
     bytes_sent: dict[str, int] = field(default_factory=dict[str, int])
     bytes_received: dict[str, int] = field(default_factory=dict[str, int])
     note: Tell = field(default=unheard, repr=False)
+    _unnamed: dict[str, int] = field(default_factory=dict[str, int], repr=False)
 
     def ask(
         self,
@@ -88,9 +90,9 @@ class FlowerSites:
         end, pause = time.monotonic() + seconds, _POLL
         try:
             while (waiting or asked) and time.monotonic() < end:
-                found = self.post.pull(set(asked)) if asked else []
-                for id_, answer in found:
-                    one = asked.pop(id_)
+                found = False
+                for id_, answer in self.post.pull(set(asked)) if asked else ():
+                    one, found = asked.pop(id_), True
                     if answer is None:
                         waiting.add(one.name)
                         continue
@@ -98,7 +100,7 @@ class FlowerSites:
                     yield one.name, answer
                     if parcels[one.name] is not one.parcel:
                         waiting.add(one.name)
-                there = self._there(end)
+                there = self._there()
                 for id_, one in list(asked.items()):
                     if (
                         there.get(one.name) != one.at
@@ -117,11 +119,11 @@ class FlowerSites:
         finally:
             self.post.forget(set(asked))
 
-    def _there(self, end: float) -> dict[str, tuple[int, int]]:
+    def _there(self) -> dict[str, tuple[int, int]]:
         """Return the sites that are there: their node, and how often it has come."""
         online = self.post.online()
         if not self.named_by_key:
-            self._ask_names(set(online) - set(self.names), end)
+            self._hear_names(set(online))
         return {self.names[n]: (n, coming) for n, coming in online.items() if n in self.names}
 
     def _asked(
@@ -138,21 +140,20 @@ class FlowerSites:
             self.bytes_received[name] = self.bytes_received.get(name, 0) + answer.size
             self.note(f'from "{name}": {_described(answer)}')
 
-    def _ask_names(self, nodes: set[int], end: float) -> None:
-        """Hear the names of nodes that no key tells; a name is its who has taken it last."""
-        asked = {self.post.push(node, Parcel(_NAMING), 30.0): node for node in nodes}
-        until = min(end, time.monotonic() + 5.0)
-        while asked and time.monotonic() < until:
-            for id_, answer in self.post.pull(set(asked)):
-                node = asked.pop(id_)
-                name = answer.told.get("name") if isinstance(answer, Parcel) else None
-                if isinstance(name, str):
-                    for other in [n for n, taken in self.names.items() if taken == name]:
-                        del self.names[other]
-                    self.names[node] = name
-            if asked:
-                time.sleep(_POLL)
-        self.post.forget(set(asked))
+    def _hear_names(self, online: Set[int]) -> None:
+        """Ask nodes that no key names for theirs, and hear who has answered; the last to take one has it."""
+        gone = {id_ for id_, node in self._unnamed.items() if node not in online}
+        self.post.forget(gone)
+        self._unnamed = {id_: n for id_, n in self._unnamed.items() if id_ not in gone}
+        for node in online - set(self.names) - set(self._unnamed.values()):
+            self._unnamed[self.post.push(node, Parcel(_NAMING), _NAMED_WITHIN)] = node
+        for id_, answer in self.post.pull(set(self._unnamed)) if self._unnamed else ():
+            node = self._unnamed.pop(id_)
+            name = answer.told.get("name") if isinstance(answer, Parcel) else None
+            if isinstance(name, str):
+                for other in [n for n, taken in self.names.items() if taken == name]:
+                    del self.names[other]
+                self.names[node] = name
 
 
 def _described(parcel: Parcel) -> str:
@@ -201,26 +202,27 @@ class LinkPost:
         self._node_of[message.metadata.message_id] = node
         return message.metadata.message_id
 
-    def pull(self, ids: set[str]) -> list[tuple[str, Parcel | Refused | None]]:
-        """Return the answers whose every chunk has come."""
+    def pull(self, ids: set[str]) -> Iterator[tuple[str, Parcel | Refused | None]]:
+        """Yield the answers whose every chunk has come; one is in memory at a time."""
         state = self.link.state
         for reply in state.get_message_res(ids - set(self._coming), self.link.run_id):
             self._coming[reply.metadata.reply_to_message_id] = reply
-        found: list[tuple[str, Parcel | Refused | None]] = []
         for id_ in ids & set(self._coming):
-            reply, node = self._coming[id_], self._node_of[id_]
-            if reply.has_error():
-                found.append((id_, None))
-            elif node in self.link.mail.too_large:
-                self.link.mail.too_large.discard(node)
-                found.append((id_, Refused("its answer is larger than any may be")))
-            else:
-                contents = self._contents(reply.metadata.message_id)
-                if contents is None:
-                    continue
-                found.append((id_, _read(reply.metadata.message_id, contents)))
+            answer = self._answer(self._coming[id_], self._node_of[id_])
+            if isinstance(answer, _Coming):
+                continue
             self.forget({id_})
-        return found
+            yield id_, answer
+            del answer
+
+    def _answer(self, reply: Message, node: int) -> "Parcel | Refused | _Coming | None":
+        if reply.has_error():
+            return None
+        if node in self.link.mail.too_large:
+            self.link.mail.too_large.discard(node)
+            return Refused("its answer is larger than any may be")
+        contents = self._contents(reply.metadata.message_id)
+        return _Coming() if contents is None else _read(reply.metadata.message_id, contents)
 
     def forget(self, ids: set[str]) -> None:
         """Remove messages and what has come of their answers."""
@@ -239,6 +241,10 @@ class LinkPost:
         if names is None:
             return None
         return {name: self.link.store.get(name) or b"" for name in names}
+
+
+class _Coming:
+    """An answer of which a chunk is missing yet."""
 
 
 def _read(id_: str, contents: dict[str, bytes]) -> Parcel | Refused:

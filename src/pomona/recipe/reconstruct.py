@@ -7,9 +7,9 @@ from typing import Any, cast
 
 from pomona.data.texts import read_domains
 from pomona.errors import PomonaError
+from pomona.pipelines.reconstruct import ReconstructSettings
 from pomona.recipe.build import build
 from pomona.recipe.read import read_table
-from pomona.reconstruct import ReconstructSettings
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentra
 2017. On LoRA it averages A and B separately, as FLEx does; mean(B) · mean(A) ≠ mean(B · A).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +34,15 @@ class FedAvg:
 
 def weighted_mean(updates: Iterable[Update]) -> dict[str, Tensor]:
     """Return Σ rows · θ / Σ rows, holding one update at a time; empty without updates."""
-    return mean_of((update.rows, update.shared) for update in updates)
+    return mean_of(_weighed(updates))
+
+
+def _weighed(updates: Iterable[Update]) -> Iterator[tuple[float, Mapping[str, Tensor]]]:
+    for update in updates:
+        weighed = update.rows, update.shared
+        del update  # while the next one is made it is nobody's
+        yield weighed
+        del weighed
 
 
 def mean_of(weighed: Iterable[tuple[float, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
@@ -47,8 +55,9 @@ def mean_of(weighed: Iterable[tuple[float, Mapping[str, Tensor]]]) -> dict[str, 
     weights = 0.0
     for weight, tensors in weighed:
         weights += weight
-        for name, value in tensors.items():
-            kinds[name] = value.dtype
-            weighted = value.double() * weight
-            sums[name] = sums[name] + weighted if name in sums else weighted
-    return {name: (total / weights).to(kinds[name]) for name, total in sums.items()}
+        for name in tensors:
+            kinds[name] = tensors[name].dtype
+            weighted = tensors[name].double() * weight
+            sums[name] = sums[name].add_(weighted) if name in sums else weighted
+        del tensors
+    return {name: (sums.pop(name) / weights).to(kinds[name]) for name in list(sums)}

@@ -19,13 +19,6 @@ from pomona.artifacts.inputs import Inputs, difference, inputs_of
 from pomona.artifacts.run import RunDirectory
 from pomona.artifacts.sent import Sent
 from pomona.errors import PomonaError
-from pomona.federate.birth import begin
-from pomona.federate.finish import finish
-from pomona.federate.in_process import InProcess
-from pomona.federate.pace import paced
-from pomona.federate.policy import Policy
-from pomona.federate.prepare import prepare
-from pomona.federate.site_masks import SiteMasks
 from pomona.federation.clients import ClientRows
 from pomona.federation.holdings import holdings_of
 from pomona.federation.measure import communication, message_bytes
@@ -36,6 +29,13 @@ from pomona.models.lora import widened
 from pomona.models.placement import find_devices
 from pomona.models.received import decoded, encoded
 from pomona.parcel import Parcel
+from pomona.pipelines.federate.birth import begin
+from pomona.pipelines.federate.finish import finish
+from pomona.pipelines.federate.in_process import InProcess
+from pomona.pipelines.federate.pace import paced
+from pomona.pipelines.federate.policy import Policy
+from pomona.pipelines.federate.prepare import prepare
+from pomona.pipelines.federate.site_masks import SiteMasks
 from pomona.progress import Progress, Tell, silent, unheard
 
 _PRIVATE_LINES = ("counts", "openness")  # what routing and gates tell of rows stays at the site

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pomona.errors import PomonaError
-from pomona.federate.heard import peers_of, shares_of, whole_of
 from pomona.federation.masks import Keys, Masks
 from pomona.federation.secure_sum import FEWEST
 from pomona.files import atomic_file, cannot_read, read_as, write_json
 from pomona.models.received import decoded, encoded
 from pomona.parcel import Parcel
+from pomona.pipelines.federate.heard import peers_of, shares_of, whole_of
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from pomona.artifacts.checkpoint import Snapshot
 from pomona.errors import PomonaError
-from pomona.federate.prepare import Federation
 from pomona.federation.cohort import FrozenBase
 from pomona.federation.measure import Measured, Models, measured_of
 from pomona.federation.update import ClientState
+from pomona.pipelines.federate.prepare import Federation
 
 Found = TypeVar("Found")
 

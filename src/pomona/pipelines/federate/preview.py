@@ -8,9 +8,6 @@ import torch
 from torch import Tensor
 
 from pomona.evaluation.work import matmul_speed
-from pomona.federate.first_adapter import dealt
-from pomona.federate.prepare import POOLED, frozen_base
-from pomona.federate.rounds import sent_to_clients, sent_to_newcomers
 from pomona.federation.clients import ClientRows
 from pomona.federation.cohort import FrozenBase
 from pomona.federation.estimate import (
@@ -31,6 +28,9 @@ from pomona.models.loading import outline_model
 from pomona.models.lora import narrowed
 from pomona.models.placement import find_device
 from pomona.models.weights import serialized_bytes
+from pomona.pipelines.federate.first_adapter import dealt
+from pomona.pipelines.federate.prepare import POOLED, frozen_base
+from pomona.pipelines.federate.rounds import sent_to_clients, sent_to_newcomers
 
 
 @dataclass(frozen=True)

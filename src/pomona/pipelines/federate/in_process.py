@@ -8,10 +8,6 @@ from torch import Tensor
 
 from pomona.artifacts.checkpoint import Snapshot
 from pomona.artifacts.run import RunDirectory
-from pomona.federate.early_stop import held_back_losses
-from pomona.federate.engine import Answer
-from pomona.federate.evaluate import evaluate
-from pomona.federate.prepare import Federation
 from pomona.federation.cohort import FrozenBase
 from pomona.federation.compression import without_error
 from pomona.federation.dp_sgd import row_epsilon, steps_of
@@ -29,6 +25,10 @@ from pomona.federation.strategies import (
 )
 from pomona.federation.update import ClientState, Update, split
 from pomona.federation.wire import to_wire
+from pomona.pipelines.federate.early_stop import held_back_losses
+from pomona.pipelines.federate.engine import Answer
+from pomona.pipelines.federate.evaluate import evaluate
+from pomona.pipelines.federate.prepare import Federation
 from pomona.progress import Progress, Tell
 
 

@@ -7,12 +7,12 @@ from typing import Any, overload
 
 from pomona.artifacts.checkpoint import Snapshot
 from pomona.data.examples import Batch, Example, collate
-from pomona.federate.evaluate import loss_line, measured
-from pomona.federate.prepare import Federation
 from pomona.federation.cohort import FrozenBase
 from pomona.federation.graft import choose_experts
 from pomona.federation.measure import Models
 from pomona.federation.update import ClientState
+from pomona.pipelines.federate.evaluate import loss_line, measured
+from pomona.pipelines.federate.prepare import Federation
 from pomona.seeds import seed_of
 
 _ROWS = 8

@@ -9,8 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from pomona.artifacts.checkpoint import Snapshot
-from pomona.federate.early_stop import stopped
-from pomona.federate.engine import Answer, Engine
 from pomona.federation.dp_sgd import DPSGD
 from pomona.federation.measure import communication, message_bytes
 from pomona.federation.privacy import epsilon, noise_key, protect
@@ -18,6 +16,8 @@ from pomona.federation.secure_sum import summed
 from pomona.federation.settings import FederateSettings
 from pomona.federation.strategies import Corrects, ServerState, Strategy, frozen_part
 from pomona.federation.update import ClientState, Update, within
+from pomona.pipelines.federate.early_stop import stopped
+from pomona.pipelines.federate.engine import Answer, Engine
 
 
 def through_rounds(engine: Engine, snapshot: Snapshot) -> Snapshot:
@@ -91,9 +91,13 @@ class _Noted:
                 self.private[answer.client] = answer.private
             if answer.epsilon is not None:
                 self.epsilon[answer.client] = answer.epsilon
-            if answer.update is not None:
-                self.received[answer.client] = message_bytes(answer.update.message)
-                yield answer.update
+            update = answer.update
+            if update is not None:
+                self.received[answer.client] = message_bytes(update.message)
+            del answer  # while the next one comes this one is nobody's
+            if update is not None:
+                yield update
+            del update
 
     def training(self, round_: int) -> list[dict[str, Any]]:
         """Return a line of losses for everyone who has trained."""

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pomona.errors import PomonaError
-from pomona.federate.heard import keys_of, of_kind, shares_of
-from pomona.federate.site_masks import told_keys
 from pomona.federation.masks import Keys, Unmasking
 from pomona.federation.secure_sum import FEWEST
 from pomona.files import read_as, write_json
 from pomona.parcel import Parcel
+from pomona.pipelines.federate.heard import keys_of, of_kind, shares_of
+from pomona.pipelines.federate.site_masks import told_keys
 
 
 class Gather(Protocol):

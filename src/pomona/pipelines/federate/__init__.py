@@ -10,15 +10,15 @@ from pomona.artifacts.holdings import write_holdings
 from pomona.artifacts.inputs import inputs_of
 from pomona.artifacts.run import RunDirectory
 from pomona.data.duplicates import told
-from pomona.federate.birth import begin
-from pomona.federate.finish import finish
-from pomona.federate.in_process import InProcess
-from pomona.federate.pace import paced
-from pomona.federate.prepare import prepare
-from pomona.federate.rounds import through_rounds
 from pomona.federation.holdings import holdings_of
 from pomona.federation.settings import FederateSettings
 from pomona.models.placement import find_devices
+from pomona.pipelines.federate.birth import begin
+from pomona.pipelines.federate.finish import finish
+from pomona.pipelines.federate.in_process import InProcess
+from pomona.pipelines.federate.pace import paced
+from pomona.pipelines.federate.prepare import prepare
+from pomona.pipelines.federate.rounds import through_rounds
 from pomona.progress import Progress, Tell, silent, unheard
 
 __all__ = ["federate"]

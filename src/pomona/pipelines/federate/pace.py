@@ -20,14 +20,14 @@ from accelerate.utils import get_max_memory
 from pomona.artifacts.inputs import Inputs
 from pomona.data.encoded import cache_folder
 from pomona.errors import PomonaError
-from pomona.federate.prepare import Federation
-from pomona.federate.preview import cohort_memory
 from pomona.federation.cohort import FrozenBase
 from pomona.federation.local import Trained, train_cohort
 from pomona.federation.settings import FederateSettings
 from pomona.federation.stage import Task
 from pomona.files import read_as, write_json
 from pomona.models.frozen_experts import use_frozen_experts
+from pomona.pipelines.federate.prepare import Federation
+from pomona.pipelines.federate.preview import cohort_memory
 
 _IMPLEMENTATIONS = ("grouped_mm", "batched_mm", "eager")
 _MOST = 64  # clients in one batch

@@ -10,13 +10,13 @@ from pomona.artifacts.checkpoint import Snapshot
 from pomona.artifacts.origin import origin_of
 from pomona.artifacts.publish import publish_client, publish_shared
 from pomona.artifacts.results import assemble_results
-from pomona.federate.evaluate import loss_line, measured, models_of, side_by_side
-from pomona.federate.prepare import Federation
 from pomona.federation.cohort import FrozenBase
 from pomona.federation.cost import cost_of
 from pomona.federation.forgetting import forgetting_lines, task_lines
 from pomona.federation.measure import Measured, Models, answers_of, speed_of
 from pomona.federation.update import ClientState
+from pomona.pipelines.federate.evaluate import loss_line, measured, models_of, side_by_side
+from pomona.pipelines.federate.prepare import Federation
 
 
 def finish(federation: Federation, snapshot: Snapshot) -> dict[str, Any]:

@@ -18,18 +18,6 @@ from pomona.artifacts.checkpoint import Snapshot
 from pomona.artifacts.inputs import Inputs
 from pomona.artifacts.run import RunDirectory
 from pomona.errors import PomonaError
-from pomona.federate.engine import Answer
-from pomona.federate.heard import (
-    Presented,
-    answers_of,
-    check_told,
-    lines_of,
-    not_refused,
-    of_kind,
-    presented,
-)
-from pomona.federate.masked_round import MaskedRound
-from pomona.federate.rounds import sent_to_clients, sent_to_newcomers
 from pomona.federation.cohort import FrozenBase
 from pomona.federation.masks import Unmasking
 from pomona.federation.settings import FederateSettings, Finish
@@ -39,6 +27,18 @@ from pomona.federation.wire import from_wire, wire_form
 from pomona.models.lora import narrowed
 from pomona.models.received import check_like, check_values, decoded, encoded
 from pomona.parcel import Parcel, Refused
+from pomona.pipelines.federate.engine import Answer
+from pomona.pipelines.federate.heard import (
+    Presented,
+    answers_of,
+    check_told,
+    lines_of,
+    not_refused,
+    of_kind,
+    presented,
+)
+from pomona.pipelines.federate.masked_round import MaskedRound
+from pomona.pipelines.federate.rounds import sent_to_clients, sent_to_newcomers
 from pomona.progress import Progress, Tell
 
 
@@ -175,6 +175,7 @@ class Across:
         try:
             parcels = self._parcels("train", told, names, sent)
             self._gather(parcels, keep, f"round {round_}", least)
+            del parcels
             answered = [name for name in names if name in arrived.told]
             masks = masked.opened(answered) if masked is not None else None
             for name in answered:

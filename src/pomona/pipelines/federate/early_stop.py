@@ -8,12 +8,12 @@ from torch import Tensor
 from pomona.artifacts.checkpoint import Snapshot
 from pomona.artifacts.run import RunDirectory
 from pomona.evaluation.loss import RowLoss
-from pomona.federate.evaluate import models_of, served, side_by_side
-from pomona.federate.prepare import Federation
 from pomona.federation.cohort import FrozenBase
 from pomona.federation.measure import Models, loss_summary, losses_of
 from pomona.federation.settings import FederateSettings
 from pomona.federation.update import ClientState
+from pomona.pipelines.federate.evaluate import models_of, served, side_by_side
+from pomona.pipelines.federate.prepare import Federation
 
 _HELD_BACK = "held back"
 

@@ -5,6 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from pomona.artifacts.about import read_about
 from pomona.artifacts.checkpoint import Snapshot
 from pomona.artifacts.inputs import inputs_of
@@ -14,17 +17,17 @@ from pomona.artifacts.results import of_model
 from pomona.artifacts.run import RunDirectory
 from pomona.data.duplicates import Duplicates, Repeated
 from pomona.evaluation.loss import RowLoss
-from pomona.federate.across import Across, Patience, Sites
-from pomona.federate.first_adapter import dealt, first_adapter
-from pomona.federate.heard import FIGURES
-from pomona.federate.prepare import frozen_base
-from pomona.federate.rounds import through_rounds
 from pomona.federation.holdings import Holdings
 from pomona.federation.measure import loss_summary
 from pomona.federation.settings import FederateSettings
 from pomona.models.loading import load_model
 from pomona.models.placement import find_device, moved
 from pomona.parcel import Parcel
+from pomona.pipelines.federate.across import Across, Patience, Sites
+from pomona.pipelines.federate.first_adapter import dealt, first_adapter
+from pomona.pipelines.federate.heard import FIGURES
+from pomona.pipelines.federate.prepare import frozen_base
+from pomona.pipelines.federate.rounds import through_rounds
 from pomona.progress import Progress, Tell, silent, unheard
 
 _LAST_SECONDS = 10.0
@@ -69,15 +72,22 @@ def coordinate(
         tell,
     )
     engine.greet()
-    snapshot = run.snapshot([]) or _begun(engine)
-    snapshot = through_rounds(engine, snapshot)
-    return _finished(engine, snapshot)
+    return _finished(engine, through_rounds(engine, _started(engine, server_first)))
+
+
+def _started(engine: Across, first: dict[str, Tensor]) -> Snapshot:
+    """Go on where the run is, or begin; only a warm start's values are sent to somebody later."""
+    snapshot = engine.run.snapshot([]) or _begun(engine)
+    if engine.settings.warm_start is None:
+        first |= {name: torch.empty_like(value, device="meta") for name, value in first.items()}
+    return snapshot
 
 
 def _begun(engine: Across) -> Snapshot:
     """Begin with whoever is there; a site that comes later is told when it is first asked."""
     lines = [line for name in engine.clients for line in _base_lines(engine, name)]
-    return engine.run.begin(engine.settings.strategy.init(engine.server_first), {}, lines)
+    first = dict(engine.server_first)
+    return engine.run.begin(engine.settings.strategy.init(first), {}, lines)
 
 
 def _base_lines(engine: Across, name: str) -> list[dict[str, Any]]:

@@ -16,7 +16,6 @@ from pomona.data.row import Row
 from pomona.data.views import Joined
 from pomona.errors import PomonaError
 from pomona.evaluation.tasks import installed_harness
-from pomona.federate.first_adapter import dealt, first_adapter
 from pomona.federation.clients import ClientRows
 from pomona.federation.cohort import FrozenBase
 from pomona.federation.forgetting import held_out_windows
@@ -38,6 +37,7 @@ from pomona.models.loading import Load, context_length, load_model, load_tokeniz
 from pomona.models.lora import narrowed, of_rank
 from pomona.models.packing import can_pack
 from pomona.models.placement import moved
+from pomona.pipelines.federate.first_adapter import dealt, first_adapter
 from pomona.progress import Progress, Tell
 from pomona.shapes import Tokens
 from pomona.training.loss import balance_weight

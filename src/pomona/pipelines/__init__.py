@@ -1,0 +1,1 @@
+"""The pipelines, each a file or a folder that narrates: reconstruct, federate, evaluate, judge."""
