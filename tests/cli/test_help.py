@@ -13,7 +13,7 @@ from pomona.cli.app import app, main
 
 COMMANDS = (
     *("reconstruct", "federate", "evaluate", "judge", "report", "demo"),
-    *("chat", "serve-model", "export", "inspect"),
+    *("chat", "serve-model", "export", "inspect", "recipe"),
     *("serve", "join", "keys", "status"),
 )
 

@@ -44,7 +44,9 @@ def read_about(path: Path) -> dict[str, Any]:
     about = read_object(path)
     if isinstance(about.get("format"), int) and about["format"] != FORMAT:
         raise PomonaError(
-            f"{path.parent} was written by another version of Pomona; choose a new folder"
+            f"{path.parent} was written by Pomona {about.get('pomona', 'of before')} in format "
+            f"{about['format']}, and this is {pomona.__version__} with format {FORMAT}; use that version, or "
+            "choose a new folder"
         )
     read_as(path, _About)
     return about

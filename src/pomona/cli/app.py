@@ -17,6 +17,7 @@ from pomona.cli.inspect import inspect
 from pomona.cli.join import join
 from pomona.cli.judge import judge
 from pomona.cli.keys import keys
+from pomona.cli.recipe import recipe
 from pomona.cli.reconstruct import reconstruct
 from pomona.cli.report import report
 from pomona.cli.serve import serve
@@ -29,7 +30,6 @@ app = typer.Typer(
     help="Turn one language model into many personal ones without moving anyone's data.",
     epilog="Exit codes: 0 done, 1 our bug, 2 a mistake in what was given, 130 interrupted.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
@@ -70,6 +70,7 @@ for command, interrupted in {
     serve_model: "",
     export: NOTHING_KEPT,
     inspect: NOTHING_KEPT,
+    recipe: NOTHING_KEPT,
     demo: GO_ON,
     serve: GO_ON,
     join: GO_ON,

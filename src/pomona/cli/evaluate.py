@@ -113,11 +113,11 @@ def evaluate(
     if len(lengths) > 1 and text is None:
         raise PomonaError("several lengths are for --text; give --length once")
 
-    from pomona import evaluate as verb
     from pomona.artifacts.personal import PersonalModel
     from pomona.cli import measures
     from pomona.cli.console import console, progress_bars
     from pomona.files import check_writable, write_json
+    from pomona.pipelines import evaluate as verb
 
     for path in (json, None if figures is None else figures / "expert-load.svg"):
         if path is not None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pomona.artifacts.unbegun import entries_of, forget_unbegun
+from pomona.cli.options import Changes
 from pomona.errors import PomonaError
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML file of the federation.")]
@@ -40,6 +41,7 @@ def federate(
     out: Out = None,
     model: Model = None,
     seed: Seed = None,
+    changes: Changes = None,
     dry_run: DryRun = False,
     tflops: Rate = None,
     device: Devices = "auto",
@@ -59,7 +61,9 @@ def federate(
     from pomona.recipe import dump, read_recipe
 
     absolute = str(Path(model).resolve()) if model and Path(model).exists() else model
-    settings = read_recipe(recipe, FederateSettings, {"model": absolute, "seed": seed})
+    settings = read_recipe(
+        recipe, FederateSettings, {"model": absolute, "seed": seed}, changes or ()
+    )
     if dry_run:
         from pomona.pipelines.federate.preview import preview
 

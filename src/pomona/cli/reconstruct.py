@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pomona.cli.options import Device
+from pomona.cli.options import Changes, Device
 
 Model = Annotated[
     str | None, typer.Argument(metavar="MODEL", help="Dense checkpoint: folder or Hub id.")
@@ -79,6 +79,7 @@ def reconstruct(
     text: Text = None,
     seed: Seed = None,
     recipe: Recipe = None,
+    changes: Changes = None,
     device: Device = "auto",
     offload: Offload = False,
     layers_at_once: AtOnce = None,
@@ -103,7 +104,7 @@ def reconstruct(
         "active": active,
     }
     given |= {"keep": keep, "split_domains": split_domains, "retrain": retrain, "text": text}
-    source = read_reconstruct_recipe(recipe, {**given, "seed": seed})
+    source = read_reconstruct_recipe(recipe, {**given, "seed": seed}, changes or ())
     placement = Placement(device, offload, layers_at_once)
     texts = source.load_domains()
     if dry_run:

@@ -1,10 +1,11 @@
 """`pomona serve`."""
 
+import ctypes
 import signal
 import sys
 import threading
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
 from typing import Annotated, Any
@@ -13,8 +14,10 @@ import typer
 
 from pomona.artifacts.unbegun import entries_of, forget_unbegun
 from pomona.cli.join import check_security
+from pomona.cli.options import Changes
 from pomona.errors import PomonaError
 
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML file of the federation.")]
 Out = Annotated[Path, typer.Option("--out", metavar="RUN", help="Run folder, new or to go on.")]
 Host = Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 is all of them.")]
@@ -71,6 +74,7 @@ def serve(
     largest_change: Largest = 10.0,
     model: Model = None,
     seed: Seed = None,
+    changes: Changes = None,
     device: Device = "auto",
     insecure: Insecure = False,
 ) -> None:
@@ -80,6 +84,7 @@ def serve(
     stopped goes on with the same command.
     """
     check_security(f"{host}:{port}", keys, insecure, "serve")
+    _give_back_what_is_freed()
     from pomona.artifacts.inputs import inputs_of
     from pomona.artifacts.run import RunDirectory
     from pomona.cli.console import print_comparison, progress_bars
@@ -95,7 +100,9 @@ def serve(
     from pomona.recipe.remote import for_sites
 
     absolute = str(Path(model).resolve()) if model and Path(model).exists() else model
-    settings = read_recipe(recipe, FederateSettings, {"model": absolute, "seed": seed})
+    settings = read_recipe(
+        recipe, FederateSettings, {"model": absolute, "seed": seed}, changes or ()
+    )
     patience = Patience(deadline, absence, quorum, retries, largest_change)
     own = None if keys is None else coordinator_keys(keys)
     names = _names(site, None if own is None else list(own.sites))
@@ -147,6 +154,12 @@ def _names(given: list[str] | None, keys: list[str] | None) -> list[str]:
     if len(set(names)) < len(names):
         raise PomonaError("a site is named twice; name each once")
     return sorted(names)
+
+
+def _give_back_what_is_freed() -> None:
+    """Have glibc map large buffers one by one: it would keep what many messages have freed, in every thread."""
+    with suppress(OSError, AttributeError):  # another libc
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 18)
 
 
 def _interrupt(_number: int, _frame: object) -> None:

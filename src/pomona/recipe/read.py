@@ -1,25 +1,31 @@
 """From a TOML file to the settings of a pipeline."""
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pomona.errors import PomonaError
 from pomona.recipe.build import build
+from pomona.recipe.changes import changed
 
 Settings = TypeVar("Settings")
 
 
 def read_recipe(
-    path: Path, settings: type[Settings], overrides: Mapping[str, Any] | None = None
+    path: Path,
+    settings: type[Settings],
+    overrides: Mapping[str, Any] | None = None,
+    changes: Sequence[str] = (),
 ) -> Settings:
     """Read a recipe as the settings of one pipeline, `overrides` replacing top-level keys.
+
+    `changes` are those of `--set` (`recipe.changes`).
 
     Paths in it are relative to the recipe's folder; `$NAME` stands for an environment variable.
     Raises `PomonaError` naming the file and the key.
     """
-    table = read_table(path)
+    table = changed(read_table(path), changes)
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
     return build(settings, {**table, **given}, path.parent.resolve(), str(path))
 

@@ -1,6 +1,6 @@
 """What `pomona reconstruct` was asked for: a recipe, options, or both."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -9,6 +9,7 @@ from pomona.data.texts import read_domains
 from pomona.errors import PomonaError
 from pomona.pipelines.reconstruct import ReconstructSettings
 from pomona.recipe.build import build
+from pomona.recipe.changes import changed
 from pomona.recipe.read import read_table
 
 
@@ -43,9 +44,14 @@ class ReconstructRecipe:
         return [document for own in read_domains(self.text).values() for document in own]
 
 
-def read_reconstruct_recipe(path: Path | None, given: Mapping[str, Any]) -> ReconstructRecipe:
-    """Join a recipe with options; options win. Raises `PomonaError` for what is missing."""
-    table = dict(read_table(path)) if path else {}
+def read_reconstruct_recipe(
+    path: Path | None, given: Mapping[str, Any], changes: Sequence[str] = ()
+) -> ReconstructRecipe:
+    """Join a recipe with options; options win. Raises `PomonaError` for what is missing.
+
+    `changes` are those of `--set`, to the recipe.
+    """
+    table = changed(read_table(path) if path else {}, changes)
     folder = path.parent.resolve() if path else Path.cwd()
     options = {key: value for key, value in given.items() if value is not None}
     source = {k: options.pop(k) for k in ("model", "domains", "text") if k in options}
