@@ -3,10 +3,11 @@
     python benchmarks/attacks.py [--quick] [--out DIR] [--json PATH]
 
 `rootstock-3m` made into eight experts, two active; Dolly dealt to ten clients with Dirichlet mixtures (1.0),
-of whom all take part in every round: `recipes/flex.toml` with other strategies, three seeds. Two of the ten
-send something else than what they have trained: their change with its sign flipped, five times that, or ten
-times their change. Losses are those of the eight others' test rows, of the shared model and of their own; a
-strategy holds one where it is at most 0.05 nats above what it is without an attack. Interrupted, it goes on
+of whom all take part in every round: LoRA on the attention, ten rounds of two steps of four rows, three seeds.
+Two of the ten send something else than what they have trained: their change with its sign flipped, five times
+that, or ten times their change. Losses are those of the shared model on the eight others' test rows; a strategy
+holds them where the mean is at most 0.05 nats above what it is without an attack, in every seed.
+Interrupted, it goes on
 where it was.
 `--quick`: one seed, two rounds. Material is found through POMONA_DATA and POMONA_MODELS.
 """
@@ -49,15 +50,13 @@ HELD = 0.05
 NO_ATTACK = "none"
 ATTACKS = {NO_ATTACK: 1.0, "sign flipped": -1.0, "sign flipped, × 5": -5.0, "scaled × 10": 10.0}
 """What the change of an attacker is multiplied with."""
-STRATEGIES: dict[str, Strategy | None] = {
-    "tilted (flex.toml)": None,
+STRATEGIES: dict[str, Strategy] = {
     "fedavg": FedAvg(),
     "median": Median(),
     "trimmed-mean 0.2": TrimmedMean(0.2),
-    "krum": Krum(ATTACKERS),
     "krum, 5 chosen": Krum(ATTACKERS, 5),
 }
-ROBUST = ("median", "trimmed-mean 0.2", "krum", "krum, 5 chosen")
+ROBUST = ("median", "trimmed-mean 0.2", "krum, 5 chosen")
 
 
 @dataclass(frozen=True)
@@ -86,14 +85,13 @@ def main() -> None:
     torch.set_num_threads(1)
     find_material()
     model = rootstock(options.out)
-    seeds, rounds = ((0,), 2) if options.quick else ((0, 1, 2), 20)
+    seeds, rounds = ((0,), 2) if options.quick else ((0, 1, 2), 10)
     rows = [
         _row(options.out, model, strategy, attack, seeds, rounds)
         for strategy in STRATEGIES
         for attack in ATTACKS
     ]
-    for part in ("shared", "personal"):
-        print_table(f"{part} model, nats", ["strategy", *ATTACKS], list(_table(rows, part)))
+    print_table("shared model, nats", ["strategy", *ATTACKS], list(_table(rows)))
     record(options.json, rows, list(_bars(rows)), seeds=list(seeds), rounds=rounds)
 
 
@@ -112,7 +110,7 @@ def _row(
     out: Path, model: Path, strategy: str, attack: str, seeds: Sequence[int], rounds: int
 ) -> dict[str, Any]:
     """Return the honest clients' mean losses, seed by seed."""
-    losses: dict[str, list[float]] = {"base": [], "shared": [], "personal": []}
+    losses: dict[str, list[float]] = {"base": [], "shared": []}
     for seed in seeds:
         settings = _settings(model, strategy, seed, rounds)
         attackers = _attackers(settings)
@@ -125,14 +123,15 @@ def _row(
 
 def _settings(model: Path, strategy: str, seed: int, rounds: int) -> FederateSettings:
     given = {"model": str(model.resolve()), "seed": seed, "rounds": rounds}
-    recipe = read_recipe(ROOT / "recipes/flex.toml", FederateSettings, given)
+    recipe = read_recipe(ROOT / "recipes/fedavg.toml", FederateSettings, given)
     assert recipe.data is not None
     return replace(
         recipe,
         data=replace(recipe.data, partition=Dirichlet(CLIENTS, 1.0)),
-        evaluation=replace(recipe.evaluation, every=rounds, answers=0, forgetting=None),
+        evaluation=replace(recipe.evaluation, every=rounds, rows=24, answers=0, forgetting=None),
+        local=replace(recipe.local, steps=2),
         max_length=LENGTH,
-        strategy=STRATEGIES[strategy] or recipe.strategy,
+        strategy=STRATEGIES[strategy],
     )
 
 
@@ -167,24 +166,22 @@ def _run(
         return finish(federation, through_rounds(engine, snapshot))
 
 
-def _table(rows: Sequence[Mapping[str, Any]], part: str) -> Iterator[list[str]]:
+def _table(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
+    untuned = mean(rows[0]["losses"]["base"])
+    yield ["base (untuned)", *[f"{untuned:.3f}"] * len(ATTACKS)]
     for strategy in STRATEGIES:
-        own = [row["losses"][part] for row in rows if row["strategy"] == strategy]
+        own = [row["losses"]["shared"] for row in rows if row["strategy"] == strategy]
         yield [strategy, *(f"{mean(losses):.3f}" for losses in own)]
 
 
 def _bars(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield for every robust strategy and attack how much the loss rises, the worst of seeds and models."""
+    """Yield for every robust strategy and attack how much the loss rises, the worst of seeds."""
     by_kind = {(row["strategy"], row["attack"]): row["losses"] for row in rows}
     for strategy in ROBUST:
         for attack in ATTACKS:
             if attack != NO_ATTACK:
-                before, after = by_kind[strategy, NO_ATTACK], by_kind[strategy, attack]
-                rise = max(
-                    b - a
-                    for part in ("shared", "personal")
-                    for a, b in zip(before[part], after[part], strict=True)
-                )
+                before, after = (by_kind[strategy, kind]["shared"] for kind in (NO_ATTACK, attack))
+                rise = max(b - a for a, b in zip(before, after, strict=True))
                 yield at_most(f"{strategy}, {attack}: the loss rises", rise, HELD)
 
 

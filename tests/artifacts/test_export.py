@@ -155,6 +155,10 @@ def test_what_no_checkpoint_holds_is_told(moe_dir, tmp_path):
     with pytest.raises(PomonaError, match=r"used as it is, by pomona\.load_personal"):
         export_personal(personal, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    both = Form(LoRA(2, 4.0, experts=True), Graft(SELECTION, gate="resident", rank=2))
+    personal = published(moe_dir, tmp_path / "both", both)["pears"]
+    with pytest.raises(PomonaError, match="each change the expert by itself"):
+        export_personal(personal, tmp_path / "out")
     folder = tmp_path / "base"
     FAMILIES["gpt_oss"]().save_pretrained(folder)
     AutoTokenizer.from_pretrained(moe_dir).save_pretrained(folder)

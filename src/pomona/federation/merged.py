@@ -68,6 +68,12 @@ def grown_experts(base: FrozenBase, state: ClientState) -> dict[str, list[GatedE
         parts.append((together.graft, together.as_graft(base.sites, state.adapter)))
     if state.graft and base.graft is not None:
         parts.append((base.graft, state.graft))
+    tuned = [lora for lora in (base.lora if state.adapter else None, base.personal) if lora]
+    if any(graft.gate == "resident" for graft, _ in parts) and any(lora.experts for lora in tuned):
+        raise PomonaError(
+            "LoRA on the experts and a graft under the router's weight each change the expert by itself, which "
+            "is no expert of a checkpoint; they are used as they are, by pomona.load_personal"
+        )
     for site in base.sites if parts else ():
         pairs = [
             (graft, private)
