@@ -22,9 +22,9 @@ def demo_domains(folder: Path) -> Path:
 
 *given, out = sys.argv[1:]
 model, domains = given or (MODEL, demo_domains(Path(out) / "domains"))
-made = pomona.reconstruct(
-    model, domains, Path(out) / "mixture", experts=4, active=2, keep=0.5, seed=0
-)
+sizes = {"experts": 4, "active": 2, "keep": 0.5}
+calibration = {} if given else {"windows": 32, "length": 128, "affinity_windows": 4}
+made = pomona.reconstruct(model, domains, Path(out) / "mixture", **sizes, **calibration)
 print(f"{made.container}: {made.total_parameters:,} parameters, {made.active_parameters:,} active")
 for number, group in enumerate(made.plan.groups):
     print(f"expert {number} was pruned for {', '.join(group)}")

@@ -157,7 +157,7 @@ def test_what_no_checkpoint_holds_is_told(moe_dir, tmp_path):
     assert not (tmp_path / "out").exists()
     both = Form(LoRA(2, 4.0, experts=True), Graft(SELECTION, gate="resident", rank=2))
     personal = published(moe_dir, tmp_path / "both", both)["pears"]
-    with pytest.raises(PomonaError, match="each change the expert by itself"):
+    with pytest.raises(PomonaError, match="each change an expert by itself"):
         export_personal(personal, tmp_path / "out")
     folder = tmp_path / "base"
     FAMILIES["gpt_oss"]().save_pretrained(folder)

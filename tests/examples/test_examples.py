@@ -43,10 +43,13 @@ def test_the_scripts_from_the_first_to_the_last(tmp_path):
     figures = dict(item.split(": ") for item in told.splitlines()[-1].strip("{}").split(", "))
     assert float(figures["'shared'"]) < float(figures["'base'"])
     told = run(fifth, mixture, tmp_path / "run")
-    assert [line.split(":")[0] for line in told.splitlines()[-4:]] == houses
+    names = [line.split(":")[0] for line in told.splitlines()]  # an answer may have several lines
+    assert [name for name in names if name in houses] == houses
 
 
-@pytest.mark.parametrize("name", ["tour.ipynb", "figures.ipynb"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("tour.ipynb", marks=pytest.mark.slow), "figures.ipynb"]
+)
 def test_a_notebook_runs(name, tmp_path, monkeypatch):
     monkeypatch.setenv("POMONA_QUICK", "1")
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))

@@ -46,7 +46,10 @@ def compress(sent: _Tensors, values: _Tensors, error: _Tensors) -> Compressed:
         wire[name], wire[name + _SCALE] = _rounded(wanted - sent[name].double())
         lost[name] = wanted
     shared = restore(sent, wire)
-    error = {name: (wanted - shared[name].double()).float() for name, wanted in lost.items()}
+    error = {
+        name: torch.nan_to_num((wanted - shared[name].double()).float(), 0.0, 0.0, 0.0)
+        for name, wanted in lost.items()  # a value that is none must not stay with the client for good
+    }
     return Compressed(wire, shared, error)
 
 

@@ -69,10 +69,11 @@ def grown_experts(base: FrozenBase, state: ClientState) -> dict[str, list[GatedE
     if state.graft and base.graft is not None:
         parts.append((base.graft, state.graft))
     tuned = [lora for lora in (base.lora if state.adapter else None, base.personal) if lora]
-    if any(graft.gate == "resident" for graft, _ in parts) and any(lora.experts for lora in tuned):
+    changing = [graft for graft, _ in parts if graft.gate == "resident"]
+    if len(changing) + sum(lora.experts for lora in tuned) > 1:
         raise PomonaError(
-            "LoRA on the experts and a graft under the router's weight each change the expert by itself, which "
-            "is no expert of a checkpoint; they are used as they are, by pomona.load_personal"
+            "two parts (LoRA on the experts, grafts under the router's weight) each change an expert by "
+            "itself, which is no expert of a checkpoint; they are used as they are, by pomona.load_personal"
         )
     for site in base.sites if parts else ():
         pairs = [

@@ -45,6 +45,10 @@ _AT_ONCE = 8  # chunks of messages that are in memory at the same time, either w
 _LARGEST_REQUEST = 16 << 20  # Flower's own chunks have 5 MB
 _BEAT = 20.0
 _LONG_POLL = 5.0
+_SLOWEST, _LONGEST_CHUNK = (
+    60.0,
+    300.0,
+)  # seconds between two parts of a request, and for all of a chunk
 for _name in ("flwr", "uvicorn"):  # what matters is told in our own words
     logging.getLogger(_name).setLevel(logging.CRITICAL)
 
@@ -60,14 +64,16 @@ class Certificate:
 class State(InMemoryLinkState):
     """Flower's state of nodes and messages, which lets a site that was restarted come back at once."""
 
-    def __init__(self, federation: NoOpFederationManager, store: DiskStore):
+    def __init__(self, federation: NoOpFederationManager, store: DiskStore, mail: "Mail"):
         super().__init__(federation, store)
+        self.mail = mail
         self.activations: dict[int, int] = {}
 
     def activate_node(self, node_id: int, heartbeat_interval: float) -> bool:
         """Activate a node; one that counts as online has died without a word, for it has the same key."""
         with self.lock:
             self.deactivate_node(node_id)
+            self.mail.drop(node_id)
             self.activations[node_id] = self.activations.get(node_id, 0) + 1
             return super().activate_node(node_id, heartbeat_interval)
 
@@ -94,7 +100,7 @@ class Link:
         self.store = DiskStore(self.folder)
         federation, stores = NoOpFederationManager(), ObjectStoreFactory()
         factory = LinkStateFactory(":flwr-in-memory:", federation, stores)
-        self.state = factory.state_instance = State(federation, self.store)
+        self.state = factory.state_instance = State(federation, self.store, self.mail)
         self.names: dict[int, str] = {}
         for name, key in (self.keys or {}).items():
             node = self.state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, 0, name=name)
@@ -228,8 +234,10 @@ class _LongPolls(BaseHTTPMiddleware):
     async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
         """Wait for a message to the node that asks, for a few seconds at most."""
         asked = getattr(request.state, "protobuf_request", None)
-        if isinstance(asked, PullMessagesRequest):
-            await request.app.state.mail.wait(asked.node.node_id)
+        if isinstance(asked, PullMessagesRequest) and not await request.app.state.mail.wait(
+            asked.node.node_id
+        ):
+            return Response(status_code=503)  # its node asks anew, and nobody listens here
         return await call_next(request)
 
 
@@ -277,20 +285,25 @@ class Mail:
             self.too_large.add(request.node.node_id)
         return size <= self.largest
 
-    async def wait(self, node: int) -> None:
-        """Return when there is a message to a node, or after a while."""
-        news = asyncio.Event()
-        self._waiting[node] = (asyncio.get_running_loop(), news)
-        try:  # what was counted before is seen here, what comes later sets the event
-            if not self._news(node):
-                await asyncio.wait_for(news.wait(), _LONG_POLL)
-        except TimeoutError:
-            return
-        finally:
-            if self._waiting.get(node, (None, None))[1] is news:
-                del self._waiting[node]
-        if not self._over:
+    async def wait(self, node: int) -> bool:
+        """Return when there is a message to a node, or after a while; False where it asks anew by then."""
+        self.drop(node)
+        own = self._waiting[node] = (asyncio.get_running_loop(), asyncio.Event())
+        with suppress(TimeoutError):
+            if not self._news(node):  # what is counted from now on sets the event
+                await asyncio.wait_for(own[1].wait(), _LONG_POLL)
+        if self._waiting.get(node) is not own:
+            return False
+        del self._waiting[node]
+        if self.sent.get(node, 0) > self.told.get(node, 0):
             self.told[node] = self.told.get(node, 0) + 1
+        return True
+
+    def drop(self, node: int) -> None:
+        """Have whoever waits for a node's messages leave without any: the node is back, or asks anew."""
+        if (waiting := self._waiting.pop(node, None)) is not None:
+            with suppress(RuntimeError):
+                waiting[0].call_soon_threadsafe(waiting[1].set)
 
     def _news(self, node: int) -> bool:
         return self._over or self.sent.get(node, 0) > self.told.get(node, 0)
@@ -310,7 +323,7 @@ class _Bounded:
         if scope["type"] != "http" or slots is None:
             await self.app(scope, _limited(receive), send)
             return
-        async with slots:
+        async with slots, asyncio.timeout(_LONGEST_CHUNK):
             await self.app(scope, _limited(receive), send)
         self.read += 1
         if self.read % _AT_ONCE == 0:
@@ -318,12 +331,16 @@ class _Bounded:
 
 
 def _limited(receive: Receive) -> Receive:
-    """Return what reads a request, and breaks off where it is larger than any of ours."""
-    read = 0
+    """Return what reads a request, and breaks off where it is larger than any of ours, or does not come."""
+    read, expected = 0, True
 
     async def limited() -> object:
-        nonlocal read
-        message = await receive()
+        nonlocal read, expected
+        try:
+            message = await asyncio.wait_for(receive(), _SLOWEST if expected else None)
+        except TimeoutError as error:
+            raise ConnectionError("a request has begun and does not go on") from error
+        expected = bool(message.get("more_body"))
         read += len(message.get("body", b""))
         if read > _LARGEST_REQUEST:
             raise ConnectionError("a request is larger than any message of a site")

@@ -14,6 +14,7 @@ from flwr.supercore.inflatable.inflatable_object import (
     no_object_id_recompute,
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.object_store import NoObjectInStoreError
 
 from pomona.errors import PomonaError
 from pomona.flower.link import Link
@@ -204,8 +205,7 @@ class LinkPost:
 
     def pull(self, ids: set[str]) -> Iterator[tuple[str, Parcel | Refused | None]]:
         """Yield the answers whose every chunk has come; one is in memory at a time."""
-        state = self.link.state
-        for reply in state.get_message_res(ids - set(self._coming), self.link.run_id):
+        for reply in self._replies(ids - set(self._coming)):
             self._coming[reply.metadata.reply_to_message_id] = reply
         for id_ in ids & set(self._coming):
             answer = self._answer(self._coming[id_], self._node_of[id_])
@@ -215,13 +215,25 @@ class LinkPost:
             yield id_, answer
             del answer
 
+    def _replies(self, ids: set[str]) -> list[Message]:
+        try:
+            return list(self.link.state.get_message_res(ids, self.link.run_id))
+        except (
+            KeyError
+        ):  # one of them has outlived its time: Flower tells it of each, but not of all together
+            known = [id_ for id_ in ids if id_ in self.link.state.message_ins_store]
+            return list(self.link.state.get_message_res(set(known), self.link.run_id))
+
     def _answer(self, reply: Message, node: int) -> "Parcel | Refused | _Coming | None":
         if reply.has_error():
             return None
         if node in self.link.mail.too_large:
             self.link.mail.too_large.discard(node)
             return Refused("its answer is larger than any may be")
-        contents = self._contents(reply.metadata.message_id)
+        try:
+            contents = self._contents(reply.metadata.message_id)
+        except (NoObjectInStoreError, KeyError):  # it came too slowly, and Flower has given it up
+            return None
         return _Coming() if contents is None else _read(reply.metadata.message_id, contents)
 
     def forget(self, ids: set[str]) -> None:

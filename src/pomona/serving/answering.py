@@ -68,10 +68,11 @@ class Answer:
 
     def finish(self, tokenizer: PreTrainedTokenizerBase, error: Exception | None = None) -> None:
         """Say what is left, and that there is no more."""
-        self._say(final=True, tokenizer=tokenizer)
-        self._pieces.put(error)
-        if error is not None:
-            self._pieces.put(None)
+        if error is None:
+            self._say(final=True, tokenizer=tokenizer)
+        else:
+            self._pieces.put(error)
+        self._pieces.put(None)
 
     def _say(self, final: bool, tokenizer: PreTrainedTokenizerBase) -> bool:
         """Hand on what can be told for sure; return whether a text to stop at has come."""
@@ -111,6 +112,7 @@ class Answering:
         self.models, self.tokenizer, self.batch = models, tokenizer, batch
         self._waiting: list[tuple[str, Answer]] = []
         self._news = threading.Condition()
+        self._active: list[Answer] = []
         self._over = False
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -121,7 +123,7 @@ class Answering:
     def __exit__(self, *_error: object) -> None:
         with self._news:
             self._over = True
-            for _, answer in self._waiting:
+            for answer in (*self._active, *(answer for _, answer in self._waiting)):
                 answer.cancelled = True
             self._news.notify()
         self._thread.join()
@@ -132,6 +134,8 @@ class Answering:
             raise PomonaError(f'there is no model "{model}"; there are {", ".join(self.models)}')
         answer = Answer(asked)
         with self._news:
+            if self._over:
+                raise PomonaError("the server is stopping")
             self._waiting.append((model, answer))
             self._news.notify()
         return answer
@@ -150,6 +154,10 @@ class Answering:
     def _next(self) -> list[tuple[str, Answer]]:
         """Take who has waited longest, and of the others those that fit beside."""
         with self._news:
+            for _, answer in self._waiting:
+                if answer.cancelled:
+                    answer.finish(self.tokenizer)
+            self._waiting = [one for one in self._waiting if not one[1].cancelled]
             if not self._waiting:
                 return []
             form = _form(self.models[self._waiting[0][0]])
@@ -161,22 +169,24 @@ class Answering:
     def _answer(self, chosen: Sequence[tuple[str, Answer]]) -> None:
         if not chosen:
             return
-        served = [self.models[name] for name, _ in chosen]
-        answers = [answer for _, answer in chosen]
-        base = served[0].base
-        ends = end_tokens(base, self.tokenizer)
-
-        def hear(row: int, token: int) -> bool:
-            return answers[row].hear(token, self.tokenizer, ends)
-
+        answers = self._active = [answer for _, answer in chosen]
         error = None
         try:
-            states, asked = [own.state for own in served], [answer.asked for answer in answers]
-            decode(base, states, asked, self.tokenizer, hear)
-        except Exception as raised:  # those who wait are told, and the next are answered
+            served = [self.models[name] for name, _ in chosen]
+            base, states = served[0].base, [own.state for own in served]
+            ends = end_tokens(base, self.tokenizer)
+
+            def hear(row: int, token: int) -> bool:
+                return answers[row].hear(token, self.tokenizer, ends)
+
+            decode(base, states, [answer.asked for answer in answers], self.tokenizer, hear)
+        except PomonaError as raised:
             error = raised
+        except Exception as raised:  # those who wait are told, and the next are answered
+            error = PomonaError(f"the answer failed: {str(raised)[:300]}")
         for answer in answers:
             answer.finish(self.tokenizer, error)
+        self._active = []
 
 
 def _form(served: Served) -> tuple[object, ...]:

@@ -89,7 +89,7 @@ class _Drawing(LogitsProcessor):
 
 def drawn(scores_V: Float[Tensor, " V"], asked: Asked, generator: torch.Generator) -> int:
     """Return a token drawn from the likeliest that hold the share `top_p`, at least one."""
-    chances_V = torch.softmax(scores_V / asked.temperature, 0)
+    chances_V = torch.softmax((scores_V.double() - scores_V.max()) / asked.temperature, 0)
     sorted_V, order_V = chances_V.sort(descending=True, stable=True)
     kept_V = sorted_V.cumsum(0) - sorted_V < asked.top_p
     place = torch.multinomial(sorted_V * kept_V, 1, generator=generator)

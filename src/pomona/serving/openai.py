@@ -7,13 +7,14 @@ import json
 import secrets
 import time
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any, Literal
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from pomona.data.row import Turn
@@ -198,11 +199,17 @@ async def _answered(
         pieces = _stream(answer, about, form, told.counts)
         return StreamingResponse(pieces, media_type="text/event-stream")
     try:
-        text = await run_in_threadpool(lambda: "".join(answer))
+        text = await to_thread.run_sync(lambda: "".join(answer), limiter=_whole_answers())
     except PomonaError as error:
         return _refused(503, str(error), None)
     whole = {**about, "object": form.kind, "choices": [_choice(form.whole(text), answer.end)]}
     return JSONResponse({**whole, "usage": _usage(answer)})
+
+
+@cache
+def _whole_answers() -> CapacityLimiter:
+    """Threads that wait for whole answers, beside those of streams: neither starves the other."""
+    return CapacityLimiter(256)
 
 
 def _stream(answer: Answer, about: dict[str, Any], form: _Form, counts: bool) -> Iterator[str]:

@@ -161,26 +161,31 @@ class Across:
             if finish
             else sent_to_clients(self.settings.strategy, server)
         )
-        arrived, masked, least = Arrived(self.run.path / "arrived"), None, 1
-        if self.settings.secure_aggregation and not finish:
+        masked, least = None, 1
+        if self.settings.secure_aggregation and names and not finish:
             folder = self.run.path
             masked = MaskedRound(self._gather, self.federation_id, round_, names, folder)
-            masked.agree()
-            names, least, told = masked.peers, masked.threshold, {**told, **masked.told()}
+            if masked.answered is None:
+                masked.agree()
+                names, least, told = masked.peers, masked.threshold, {**told, **masked.told()}
+        opening = masked is not None and masked.answered is not None
+        arrived = Arrived(self.run.path / "arrived", again=opening)
 
         def keep(name: str, answer: Parcel) -> None:
             self._check(name, answer, round_, expected, server)
             arrived.keep(name, answer)
 
-        try:
+        if not opening:
             parcels = self._parcels("train", told, names, sent)
             self._gather(parcels, keep, f"round {round_}", least)
             del parcels
-            answered = [name for name in names if name in arrived.told]
-            masks = masked.opened(answered) if masked is not None else None
-            for name in answered:
-                yield self._answer(name, arrived.take(name), server, masks)
-        finally:
+        answered = [name for name in names if name in arrived.told]
+        masks = masked.opened(answered) if masked is not None else None
+        for name in answered:
+            yield self._answer(name, arrived.read(name), server, masks)
+        if (
+            masks is None
+        ):  # a sum that was opened may have to be made again, until the round is committed
             arrived.clear()
 
     def evaluate(

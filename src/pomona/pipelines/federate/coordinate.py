@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pomona.artifacts.about import read_about
+from pomona.artifacts.arrived import Arrived
 from pomona.artifacts.checkpoint import Snapshot
 from pomona.artifacts.inputs import inputs_of
 from pomona.artifacts.origin import origin_of
@@ -97,6 +98,8 @@ def _base_lines(engine: Across, name: str) -> list[dict[str, Any]]:
 def _finished(engine: Across, snapshot: Snapshot) -> dict[str, Any]:
     """Hear every site's last figures, publish what is shared, write the results last."""
     run, settings, shared = engine.run, engine.settings, snapshot.server.shared
+    Arrived(run.path / "arrived").clear()
+    (run.path / "opening.json").unlink(missing_ok=True)
     found = engine.finish(snapshot.server, snapshot.round)
     if settings.strategy.shares == "adapter":
         origin = origin_of(engine.base, settings.model, settings.template, settings.max_length)

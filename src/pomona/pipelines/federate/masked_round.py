@@ -32,33 +32,39 @@ class Gather(Protocol):
 
 @dataclass(frozen=True)
 class _Opening:
-    """opening.json: of whom the sum of a round is, from before anybody is asked to open it."""
+    """opening.json: a sum from before anybody is asked to open it, so that it can be asked for again."""
 
     round: int
+    session: str
+    threshold: int
     answered: list[str]
+    keys: dict[str, dict[str, str]]
+    sealed: dict[str, dict[str, str]]
 
 
 class MaskedRound:
     """One attempt at one round: who is in it, and how what they send comes to be a sum.
 
-    A round whose sum was begun to be opened is opened for the same sites or not at all.
+    A sum that was begun to be opened is opened or nothing is: a coordinator that was started again asks for
+    the same one (`answered`), since two sums of a round would tell their difference.
     """
 
     def __init__(
         self, gather: Gather, federation: str, round_: int, names: Sequence[str], folder: Path
     ):
-        self._gather, self._round = gather, round_
-        self._path = folder / "opening.json"
-        self._before = self._opening()
-        self.names = list(names) if self._before is None else self._before
+        self._gather, self._federation, self._round = gather, federation, round_
+        self._path, self.names = folder / "opening.json", list(names)
         self._session = secrets.token_hex(16)
-        self._told = {"federation": federation, "round": round_, "session": self._session}
-        self._federation = federation
         self._keys: dict[str, Keys] = {}
         self._sealed: dict[str, dict[str, bytes]] = {}
-        self.threshold = len(self.names)
-        if self._before is None:
-            self.threshold = max(FEWEST, len(self.names) // 2 + 1)
+        self.threshold = max(FEWEST, len(self.names) // 2 + 1)
+        self.answered: list[str] | None = None
+        before = read_as(self._path, _Opening) if self._path.is_file() else None
+        if before is not None and before.round == round_:
+            self._session, self.threshold = before.session, before.threshold
+            self.answered = before.answered
+            self._keys = {name: keys_of(own) for name, own in before.keys.items()}
+            self._sealed = {n: shares_of(own, self._keys) for n, own in before.sealed.items()}
 
     def agree(self) -> None:
         """Have sites exchange the keys and the sealed shares of their masks; who does not is left out."""
@@ -77,7 +83,7 @@ class MaskedRound:
             self._sealed[name] = shares_of(answer.told.get("shares"), keys)
 
         keys: dict[str, Keys] = {}
-        ask = {name: Parcel("mask keys", self._told) for name in self.names}
+        ask = {name: Parcel("mask keys", self._about()) for name in self.names}
         self._gather(ask, keep_keys, f"masks of round {self._round}", self.threshold)
         self._keys = keys
         ask = {name: Parcel("mask shares", self.told()) for name in self._in_order(keys)}
@@ -92,11 +98,14 @@ class MaskedRound:
     def told(self) -> dict[str, Any]:
         """Return what goes along with a question about this sum."""
         keys = {name: told_keys(own) for name, own in self._keys.items()}
-        return {**self._told, "keys": keys, "threshold": self.threshold}
+        return {**self._about(), "keys": keys, "threshold": self.threshold}
+
+    def _about(self) -> dict[str, Any]:
+        return {"federation": self._federation, "round": self._round, "session": self._session}
 
     def opened(self, answered: Sequence[str]) -> Unmasking:
         """Have the masks of those who have answered opened."""
-        write_json(self._path, asdict(_Opening(self._round, sorted(answered))))
+        self._note(answered)
         opened: dict[str, Mapping[str, bytes]] = {}
 
         def keep(name: str, answer: Parcel) -> None:
@@ -115,8 +124,11 @@ class MaskedRound:
     def _in_order(self, names: Mapping[str, object]) -> list[str]:
         return [name for name in self.names if name in names]
 
-    def _opening(self) -> list[str] | None:
-        if not self._path.is_file():
-            return None
-        opening = read_as(self._path, _Opening)
-        return opening.answered if opening.round == self._round else None
+    def _note(self, answered: Sequence[str]) -> None:
+        keys = {name: dict(told_keys(own)) for name, own in self._keys.items()}
+        sealed = {
+            sender: {name: share.hex() for name, share in own.items()}
+            for sender, own in self._sealed.items()
+        }
+        about = (self._round, self._session, self.threshold, list(answered), keys, sealed)
+        write_json(self._path, asdict(_Opening(*about)))
