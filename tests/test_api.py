@@ -30,7 +30,7 @@ def test_a_dense_model_becomes_a_mixture(dense_dir, tmp_path):
         (domains / f"{name}.txt").write_text(word_text(seed, 600))
     settings = {"experts": 2, "active": 1, "keep": 0.5}
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text("[settings]\nwindows = 2\nlength = 16\naffinity_windows = 1\n")
+    recipe.write_text("[settings]\nwindows = 2\nlength = 16\naffinity_windows = 2\n")
     made = pomona.reconstruct(dense_dir, domains, tmp_path / "mixture", recipe, **settings)
     assert made.sizes.experts == 2
     assert (tmp_path / "mixture/model.safetensors").is_file()

@@ -93,7 +93,7 @@ def reader(settings, rows_dir, moe_dir, tmp_path):
 
 def test_three_machines_from_zero(reader):
     """Keys, the coordinator by its command, one site by its command under a policy, one by its unit."""
-    reader.run([*commands()["pomona keys"][:6], "--site", "north", "--site", "south"])
+    reader.run([*commands()["pomona keys"][:5], "--site", "north", "--site", "south"])
     serving = reader.start("serve", commands()["pomona serve"])
     serving.wait_for("base model ")
     told = re.search(r"recipe (\w{64}), base model\s+(\w{64})", " ".join(serving.said.split()))
@@ -145,7 +145,7 @@ def test_through_the_proxy(reader):
     """Sites know the proxy's address alone; TLS and keys are those of the coordinator."""
     (text,) = blocks("nginx")
     inside = reader.port
-    reader.run([*commands()["pomona keys"][:6], "--site", "north"])
+    reader.run([*commands()["pomona keys"][:5], "--site", "north"])
     proxied = commands()["pomona serve"]
     serving = reader.start("serve", proxied)
     reader.port = free_port()
