@@ -39,9 +39,8 @@ def export(
 ) -> None:
     """Write a client's personal model as one checkpoint that transformers opens without Pomona.
 
-    A mixture like Mixtral with a private expert becomes a stock Qwen2-MoE, which llama.cpp converts too;
-    without private experts the family stays as it is. Everything else keeps its family with a little code
-    beside it (`trust_remote_code=True`).
+    A mixture like Mixtral with a private expert becomes a stock Qwen2-MoE; without private experts the family
+    stays as it is. Everything else keeps its family with a little code beside it (`trust_remote_code=True`).
     """
     from pomona.artifacts.export import export_personal
     from pomona.artifacts.personal import PersonalModel
