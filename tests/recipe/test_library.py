@@ -34,7 +34,9 @@ def test_all_recipes_are_listed_with_what_they_say_of_themselves():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_new_recipe_is_the_same_with_ones_own_model_and_data(name, tmp_path):
+def test_a_new_recipe_is_the_same_with_ones_own_model_and_data(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("POMONA_DATA", str(tmp_path))
+    monkeypatch.setenv("POMONA_MODELS", str(tmp_path))
     path = tmp_path / "own.toml"
     data = tmp_path / "data"
     data.mkdir()
