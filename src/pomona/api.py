@@ -11,7 +11,6 @@ from typing import Any
 from pomona.artifacts.finished import FinishedRun, load_run
 from pomona.artifacts.personal import PersonalModel, load_personal
 from pomona.artifacts.run import RunDirectory
-from pomona.artifacts.unbegun import entries_of, forget_unbegun
 from pomona.federation.settings import FederateSettings
 from pomona.models.placement import Placement
 from pomona.pipelines import evaluate as evaluation
@@ -96,13 +95,8 @@ def federate(
         "method": settings.name,
         "seed": settings.seed,
     }
-    before = entries_of(Path(out))
     with RunDirectory.open(Path(out), dump(settings), about) as run:
-        try:
-            run_federation(settings, run, progress, tell, device)
-        except BaseException:
-            forget_unbegun(Path(out), before)
-            raise
+        run_federation(settings, run, progress, tell, device)
     return load_run(Path(out))
 
 

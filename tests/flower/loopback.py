@@ -16,7 +16,7 @@ from pomona.flower.link import Link
 from pomona.flower.node import Node
 from pomona.flower.sites import FlowerSites, LinkPost, named
 from pomona.parcel import Parcel
-from pomona.pipelines.federate.across import Patience
+from pomona.pipelines.federate.asking import Patience
 from pomona.pipelines.federate.coordinate import coordinate
 from pomona.pipelines.federate.policy import Policy
 from pomona.pipelines.federate.site import Member, Site

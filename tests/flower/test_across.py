@@ -32,7 +32,7 @@ from pomona.federation.strategies import (
 from pomona.models.lora import LoRA
 from pomona.parcel import Parcel
 from pomona.pipelines.federate import federate
-from pomona.pipelines.federate.across import Patience
+from pomona.pipelines.federate.asking import Patience
 from pomona.recipe import dump
 
 SHARED = "shared/adapter_model.safetensors"

@@ -25,7 +25,7 @@ from pomona.flower.node import Node
 from pomona.flower.sites import FlowerSites, LinkPost
 from pomona.models.received import decoded
 from pomona.parcel import Parcel, Refused
-from pomona.pipelines.federate.across import Patience
+from pomona.pipelines.federate.asking import Patience
 from pomona.pipelines.federate.policy import Policy, model_digest, recipe_digest
 from pomona.recipe.remote import at_site, for_sites
 

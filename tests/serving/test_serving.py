@@ -14,7 +14,7 @@ import uvicorn
 from parts import Form, published
 from typer.testing import CliRunner
 
-from pomona.artifacts.personal import open_personal
+from pomona.artifacts.personal import clients_of_run, open_personal
 from pomona.cli.app import app
 from pomona.data.examples import encode_prompt
 from pomona.data.row import Row
@@ -26,7 +26,7 @@ from pomona.serving import answering as answering_module
 from pomona.serving.answering import Answering
 from pomona.serving.asked import Asked
 from pomona.serving.decoding import drawn
-from pomona.serving.models import BASE, clients_of_run, load_served
+from pomona.serving.models import BASE, load_served
 from pomona.serving.openai import endpoint
 
 NAMES = ("apples", "pears", "plums")

@@ -85,6 +85,29 @@ def load_personal(
     return model
 
 
+def clients_of_run(run: Path, base: PersonalModel) -> dict[str, PersonalModel]:
+    """Return every client's personal model as a finished run has published it.
+
+    Raises `PomonaError` for a folder that holds none.
+    """
+    shared = run / "shared"
+    folders = sorted(path for path in (run / "clients").glob("*") if path.is_dir())
+    if not folders and not shared.is_dir():
+        raise PomonaError(
+            f"{run} holds no personal models; give the run folder of a finished federation"
+        )
+    found: dict[str, PersonalModel] = {}
+    for folder in folders:
+        adapter = next((p for p in (folder / "adapter", shared) if p.is_dir()), None)
+        graft, personal = (
+            own if (own := folder / part).is_dir() else None for part in ("graft", "personal")
+        )
+        found[folder.name] = replace(base, adapter=adapter, graft=graft, personal=personal)
+    if shared.is_dir() and not folders:
+        found["shared"] = replace(base, adapter=shared)
+    return found
+
+
 def load_base(source: str, device: str = "auto") -> PreTrainedModel:
     """Load a model in float32, frozen, for as many clients' parts as there are."""
     model = moved(load_model(source, "float32"), find_device(device))

@@ -40,11 +40,13 @@ _KEPT = ("recipe.toml", "inputs.json", "metrics.jsonl", "answers.jsonl")
 class RunDirectory:
     """One federation on disk, held by one command at a time.
 
-    `RunDirectory.open` makes it or goes on with it; leaving its `with` block lets it go.
+    `RunDirectory.open` makes it or goes on with it; leaving its `with` block lets it go. An error that leaves
+    it before anything was computed takes away what was put there: another recipe may use the folder.
     """
 
     path: Path
     _lock: int = field(repr=False, compare=False)
+    _before: frozenset[Path] | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def open(cls, path: Path, recipe: str, about: Mapping[str, Any]) -> Self:
@@ -52,6 +54,7 @@ class RunDirectory:
 
         Raises `PomonaError` when the folder holds another run or something else, or is in use.
         """
+        new = not path.exists()
         try:
             path.mkdir(parents=True, exist_ok=True)
             lock = os.open(path, os.O_RDONLY)
@@ -59,11 +62,12 @@ class RunDirectory:
             raise cannot_write(path, error) from error
         hold(lock, path)
         try:
+            before = None if new else frozenset(path.iterdir())
             cls._prepare(path, recipe, about)
         except BaseException:
             os.close(lock)
             raise
-        return cls(path, lock)
+        return cls(path, lock, before)
 
     @staticmethod
     def _prepare(path: Path, recipe: str, about: Mapping[str, Any]) -> None:
@@ -80,8 +84,21 @@ class RunDirectory:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
+        if kind is not None and not self.checkpoint.begun and not self.finished:
+            self._forget()
+        self.close()
+
+    def close(self) -> None:
+        """Let the folder go."""
         os.close(self._lock)
+
+    def _forget(self) -> None:
+        """Leave the folder as it was found."""
+        for path in set(self.path.iterdir()) - (self._before or frozenset()):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if self._before is None:
+            self.path.rmdir()
 
     @property
     def finished(self) -> bool:

@@ -43,10 +43,9 @@ def export(
     stays as it is. Everything else keeps its family with a little code beside it (`trust_remote_code=True`).
     """
     from pomona.artifacts.export import export_personal
-    from pomona.artifacts.personal import PersonalModel
+    from pomona.artifacts.personal import PersonalModel, clients_of_run
     from pomona.artifacts.personal_card import personal_card
     from pomona.cli.console import console, quiet_libraries
-    from pomona.serving.models import clients_of_run
 
     quiet_libraries()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from pomona.artifacts.unbegun import entries_of, forget_unbegun
 from pomona.cli.options import Changes
 from pomona.errors import PomonaError
 
@@ -72,13 +71,8 @@ def federate(
         return
     assert out is not None
     about = {"command": ["pomona", *sys.argv[1:]], "method": settings.name, "seed": settings.seed}
-    before = entries_of(out)
     with RunDirectory.open(out, dump(settings), about) as run, progress_bars() as progress:
-        try:
-            run_federation(settings, run, progress, console.print, device)
-        except BaseException:
-            forget_unbegun(out, before)
-            raise
+        run_federation(settings, run, progress, console.print, device)
     print_comparison([out])
     console.print(f"results in {out}; as a page: pomona report {out} --out report.html")
 

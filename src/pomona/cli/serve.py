@@ -12,7 +12,6 @@ from typing import Annotated, Any
 
 import typer
 
-from pomona.artifacts.unbegun import entries_of, forget_unbegun
 from pomona.cli.join import check_security
 from pomona.cli.options import Changes
 from pomona.errors import PomonaError
@@ -93,7 +92,7 @@ def serve(
     from pomona.flower.keys import coordinator_keys
     from pomona.flower.link import Link
     from pomona.flower.sites import FlowerSites, LinkPost
-    from pomona.pipelines.federate.across import Patience
+    from pomona.pipelines.federate.asking import Patience
     from pomona.pipelines.federate.coordinate import coordinate
     from pomona.pipelines.federate.policy import model_digest, recipe_digest
     from pomona.recipe import dump, read_recipe
@@ -114,26 +113,17 @@ def serve(
         "federation": token_hex(8),
     }
     signal.signal(signal.SIGTERM, _interrupt)
-    before = entries_of(out)
     with RunDirectory.open(out, dump(settings), about) as run, progress_bars() as progress:
-        try:
-            log = Log(out / "serve.log")
-            digest = model_digest(inputs_of(settings.model, {}).model)
-            log.tell(f"recipe {recipe_digest(text)}, base model {digest}")
-            admitted = None if own is None else {name: own.sites[name] for name in names}
-            link = Link(host, port, out / "messages", own and own.certificate, admitted)
-            with link:
-                sites = FlowerSites(
-                    LinkPost(link), dict(link.names), own is not None, note=log.note
-                )
-                log.tell(f"listening on {host}:{port} for {', '.join(names)}")
-                with _told(out, sites, names, log, link):
-                    coordinate(
-                        settings, run, text, names, sites, patience, progress, log.tell, device
-                    )
-        except BaseException:
-            forget_unbegun(out, before)
-            raise
+        log = Log(out / "serve.log")
+        digest = model_digest(inputs_of(settings.model, {}).model)
+        log.tell(f"recipe {recipe_digest(text)}, base model {digest}")
+        admitted = None if own is None else {name: own.sites[name] for name in names}
+        link = Link(host, port, out / "messages", own and own.certificate, admitted)
+        with link:
+            sites = FlowerSites(LinkPost(link), dict(link.names), own is not None, note=log.note)
+            log.tell(f"listening on {host}:{port} for {', '.join(names)}")
+            with _told(out, sites, names, log, link):
+                coordinate(settings, run, text, names, sites, patience, progress, log.tell, device)
     print_comparison([out])
     log.tell(f"results in {out}")
 

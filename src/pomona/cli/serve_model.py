@@ -52,10 +52,10 @@ def serve_model(
         raise PomonaError(f"--batch {batch} is no number of answers; use 1 or more")
     import uvicorn
 
-    from pomona.artifacts.personal import PersonalModel
+    from pomona.artifacts.personal import PersonalModel, clients_of_run
     from pomona.cli.console import console, quiet_libraries
     from pomona.serving.answering import Answering
-    from pomona.serving.models import BASE, clients_of_run, load_served
+    from pomona.serving.models import BASE, load_served
     from pomona.serving.openai import endpoint
 
     quiet_libraries()

@@ -12,6 +12,7 @@ that it can be restarted in the midst of one.
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,6 +47,11 @@ class Keys:
     def __post_init__(self) -> None:
         if any(len(part) != 32 for part in (self.seals, self.masks, self.own)):
             raise PomonaError("the keys of its masks are not of 32 bytes each")
+
+
+def session_of(federation: str, round_: int, attempt: str) -> str:
+    """Return the name of a session, which no other has."""
+    return json.dumps([federation, round_, attempt])
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pomona.federation.settings import FederateSettings
 from pomona.flower.records import KIND, as_records, from_records
 from pomona.flower.sites import FlowerSites, refused_or
 from pomona.parcel import Parcel, Refused
-from pomona.pipelines.federate.across import Patience
+from pomona.pipelines.federate.asking import Patience
 from pomona.pipelines.federate.coordinate import coordinate
 from pomona.recipe import dump, read_recipe
 from pomona.recipe.remote import for_sites

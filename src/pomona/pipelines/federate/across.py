@@ -4,20 +4,15 @@ The rounds are those of a simulation. A site's answer is looked at before it cou
 all are there: the server holds one at a time, and takes them in the order of names.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field
-from functools import cached_property
-from math import ceil
-from time import monotonic
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from pomona.artifacts.arrived import Arrived
 from pomona.artifacts.checkpoint import Snapshot
-from pomona.artifacts.inputs import Inputs
 from pomona.artifacts.run import RunDirectory
-from pomona.errors import PomonaError
 from pomona.federation.cohort import FrozenBase
 from pomona.federation.masks import Unmasking
 from pomona.federation.settings import FederateSettings, Finish
@@ -26,73 +21,13 @@ from pomona.federation.update import ClientState, Update, split
 from pomona.federation.wire import from_wire, wire_form
 from pomona.models.lora import narrowed
 from pomona.models.received import check_like, check_values, decoded, encoded
-from pomona.parcel import Parcel, Refused
+from pomona.parcel import Parcel
+from pomona.pipelines.federate.asking import Asking
 from pomona.pipelines.federate.engine import Answer
-from pomona.pipelines.federate.heard import (
-    Presented,
-    answers_of,
-    check_told,
-    lines_of,
-    not_refused,
-    of_kind,
-    presented,
-)
+from pomona.pipelines.federate.heard import answers_of, check_told, lines_of, of_kind
 from pomona.pipelines.federate.masked_round import MaskedRound
 from pomona.pipelines.federate.rounds import sent_to_clients, sent_to_newcomers
 from pomona.progress import Progress, Tell
-
-
-@runtime_checkable
-class Sites(Protocol):
-    """Asks sites, and hears their answers; what carries the messages is its own affair."""
-
-    def ask(
-        self,
-        parcels: Mapping[str, Parcel],
-        seconds: float,
-        enough: Callable[[Set[str]], bool] = lambda away: False,
-    ) -> Iterator[tuple[str, Parcel | Refused]]:
-        """Send every site its parcel and yield answers as they come, until all are there or time is up.
-
-        A site that is away is waited for, and asked when it is back. Who has another parcel in `parcels` when
-        the next answer is asked for is sent that too. `enough` is told now and then who is away, and ends it.
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long a round waits, and how many answers it needs to count.
-
-    A round ends when everybody who was asked has answered, or after `deadline` seconds if at least the share
-    `quorum` of them has; if all the others are away, after `absence` seconds more. Otherwise they are asked
-    again, `retries` times. A change whose norm is more than `largest_change` times one plus that of what was
-    sent is rejected.
-    """
-
-    deadline: float = 600.0
-    absence: float = 60.0
-    quorum: float = 0.5
-    retries: int = 2
-    largest_change: float = 10.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.deadline < float("inf"):
-            raise PomonaError(f"deadline {self.deadline} is no time; give seconds, for example 600")
-        if not 0 <= self.absence < float("inf"):
-            raise PomonaError(f"absence {self.absence} is no time; give seconds, for example 60")
-        if not 0 < self.quorum <= 1:
-            raise PomonaError(f"quorum {self.quorum} is no share of the sites; use for example 0.5")
-        if self.retries < 0:
-            raise PomonaError(f"retries {self.retries} is negative; use 0 or more")
-        if not 0 < self.largest_change < float("inf"):
-            raise PomonaError(
-                f"largest_change {self.largest_change} is not positive; use for example 10"
-            )
-
-    def least(self, asked: int) -> int:
-        """Return how many of those who were asked have to answer."""
-        return max(1, ceil(self.quorum * asked - 1e-9))
 
 
 @dataclass(frozen=True)
@@ -102,52 +37,24 @@ class Across:
     settings: FederateSettings
     run: RunDirectory
     base: FrozenBase
-    federation_id: str
-    recipe: str
-    inputs: Inputs
     server_first: Mapping[str, Tensor]
     clients: Sequence[str]
-    sites: Sites
-    patience: Patience
-    progress: Progress
-    tell: Tell
-    present: dict[str, Presented] = field(default_factory=dict[str, Presented])
+    asking: Asking
+
+    @property
+    def progress(self) -> Progress:
+        """Hears how far a stage is."""
+        return self.asking.progress
+
+    @property
+    def tell(self) -> Tell:
+        """Hears what a user should know at once."""
+        return self.asking.tell
 
     def sends(self, client: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return what travels of an adapter to a site: no more than its rank."""
         rank = self.settings.ranks.get(client)
         return tensors if rank is None else narrowed(tensors, rank)
-
-    def greet(self) -> None:
-        """Tell sites what the federation is, and hear who they are; who does not answer is left out."""
-        waiting, here = dict.fromkeys(self.clients), set[str]()
-        enough = self._enough(waiting, here, self.patience.least(len(waiting)))
-        parcels = {name: self._hello(name) for name in waiting}
-        for name, answer in self.sites.ask(parcels, self.patience.deadline, enough):
-            waiting.pop(name, None)
-            if self._heard(name, answer):
-                here.add(name)
-
-    def _hello(self, name: str) -> Parcel:
-        told = {
-            "federation": self.federation_id,
-            "recipe": self.recipe,
-            "model": self.inputs.model,
-            "site": name,
-        }
-        return Parcel("hello", told, self._first)
-
-    @cached_property
-    def _first(self) -> bytes:
-        return encoded(self.server_first) if self.settings.warm_start else b""
-
-    def _heard(self, name: str, answer: Parcel | Refused) -> bool:
-        """Note what a site says of itself, and tell whether it takes part."""
-        try:
-            self.present[name] = presented(name, not_refused(answer), self.inputs.model)
-        except PomonaError as error:
-            self.tell(f'site "{name}" does not take part: {error}')
-        return name in self.present
 
     def train(
         self, snapshot: Snapshot, names: Sequence[str], round_: int, finish: Finish | None = None
@@ -164,7 +71,9 @@ class Across:
         masked, least = None, 1
         if self.settings.secure_aggregation and names and not finish:
             folder = self.run.path
-            masked = MaskedRound(self._gather, self.federation_id, round_, names, folder)
+            masked = MaskedRound(
+                self.asking.gather, self.asking.hello.federation, round_, names, folder
+            )
             if masked.answered is None:
                 masked.agree()
                 names, least, told = masked.peers, masked.threshold, {**told, **masked.told()}
@@ -177,7 +86,7 @@ class Across:
 
         if not opening:
             parcels = self._parcels("train", told, names, sent)
-            self._gather(parcels, keep, f"round {round_}", least)
+            self.asking.gather(parcels, keep, f"round {round_}", least)
             del parcels
         answered = [name for name in names if name in arrived.told]
         masks = masked.opened(answered) if masked is not None else None
@@ -221,7 +130,7 @@ class Across:
             found[name] = answers_of(name, answer.told)
 
         sent = sent_to_newcomers(self.settings, server)
-        self._gather(
+        self.asking.gather(
             self._parcels("finish", {"round": round_}, self.clients, sent), keep, "the end"
         )
         return {name: found[name] for name in self.clients if name in found}
@@ -237,82 +146,8 @@ class Across:
 
         sent = sent_to_newcomers(self.settings, ServerState(shared))
         parcels = self._parcels(kind, {"round": round_}, names, sent)
-        self._gather(parcels, keep, f"evaluating round {round_}")
+        self.asking.gather(parcels, keep, f"evaluating round {round_}")
         return [line for name in names if name in lines for line in lines[name]]
-
-    def _gather(
-        self,
-        parcels: Mapping[str, Parcel],
-        keep: Callable[[str, Parcel], None],
-        what: str,
-        least: int = 1,
-    ) -> None:
-        """Ask until enough have answered; raises `PomonaError` when they do not."""
-        least = max(least, self.patience.least(len(parcels)))
-        waiting, answered = dict.fromkeys(parcels), set[str]()
-        for attempt in range(self.patience.retries + 1):
-            self._ask(parcels, keep, what, least, (waiting, answered))
-            if not waiting or len(answered) >= least:
-                break
-            again = "; they are asked again" if attempt < self.patience.retries else ""
-            self.tell(
-                f"{what}: {len(answered)} of {len(parcels)} sites have answered and {least} are needed; "
-                f"missing: {', '.join(waiting)}{again}"
-            )
-        if len(answered) < min(least, len(parcels)):
-            raise PomonaError(
-                f"{what}: {len(answered)} of {len(parcels)} sites have answered and {least} are needed; start "
-                "the missing ones and run the same command again to go on with this round, or lower --quorum"
-            )
-
-    def _ask(
-        self,
-        asked: Mapping[str, Parcel],
-        keep: Callable[[str, Parcel], None],
-        what: str,
-        least: int,
-        progress: tuple[dict[str, None], set[str]],
-    ) -> None:
-        """Ask those who are waited for, once; a site that knows nothing yet is told first."""
-        waiting, answered = progress
-        work = {name: asked[name] for name in waiting}
-        parcels = {name: work[name] if name in self.present else self._hello(name) for name in work}
-        self.progress(what, len(answered), len(asked))
-        enough = self._enough(waiting, answered, least)
-        for name, answer in self.sites.ask(parcels, self.patience.deadline, enough):
-            if parcels[name].kind == "hello":
-                if self._heard(name, answer):
-                    parcels[name] = work[name]
-                else:
-                    waiting.pop(name)
-                continue
-            if isinstance(answer, Parcel) and answer.kind == "unknown":
-                parcels[name] = self._hello(name)  # its state is new
-                continue
-            waiting.pop(name, None)
-            try:
-                keep(name, not_refused(answer))
-            except PomonaError as error:
-                self.tell(f'{what}: site "{name}" does not count: {error}')
-            else:
-                answered.add(name)
-            self.progress(what, len(answered), len(asked))
-
-    def _enough(
-        self, waiting: Mapping[str, None], answered: Set[str], least: int
-    ) -> Callable[[Set[str]], bool]:
-        """Return what tells that enough have answered and the others have been away for long."""
-        since: list[float] = []
-
-        def enough(away: Set[str]) -> bool:
-            if len(answered) < least or not waiting.keys() <= away:
-                since.clear()
-                return False
-            if not since:
-                since.append(monotonic())
-            return monotonic() - since[0] >= self.patience.absence
-
-        return enough
 
     def _parcels(
         self,
@@ -327,7 +162,7 @@ class Across:
         """
         ranks = self.settings.ranks if kind == "train" else {}
         by_rank: dict[int | None, bytes] = {}
-        told = {"federation": self.federation_id, **told}
+        told = {"federation": self.asking.hello.federation, **told}
         for name in names:
             rank = ranks.get(name)
             if rank not in by_rank:
@@ -355,7 +190,7 @@ class Across:
         server: ServerState,
     ) -> None:
         """Raise `PomonaError` for an answer that may not count."""
-        check_told(answer, self.federation_id, round_, self.present[name].train)
+        check_told(answer, self.asking.hello.federation, round_, self.asking.present[name].train)
         began, wire = self.sends(name, server.shared), decoded(answer.tensors)
         wanted = self.sends(name, expected)
         check_like(wire, wire_form(self.settings, began, wanted))
@@ -363,7 +198,7 @@ class Across:
             return  # what is under masks tells nothing
         tensors = from_wire(self.settings, began, wire)
         before = {n: v for n, v in began.items() if n in wanted}
-        check_values(tensors, before, self.patience.largest_change)
+        check_values(tensors, before, self.asking.patience.largest_change)
 
     def _answer(
         self, name: str, parcel: Parcel, server: ServerState, masks: Unmasking | None

@@ -23,8 +23,10 @@ from pomona.federation.measure import loss_summary
 from pomona.federation.settings import FederateSettings
 from pomona.models.loading import load_model
 from pomona.models.placement import find_device, moved
+from pomona.models.received import encoded
 from pomona.parcel import Parcel
-from pomona.pipelines.federate.across import Across, Patience, Sites
+from pomona.pipelines.federate.across import Across
+from pomona.pipelines.federate.asking import Asking, Hello, Patience, Sites
 from pomona.pipelines.federate.first_adapter import dealt, first_adapter
 from pomona.pipelines.federate.heard import FIGURES
 from pomona.pipelines.federate.prepare import frozen_base
@@ -58,21 +60,18 @@ def coordinate(
     model = load_model(settings.model, settings.dtype)
     base = frozen_base(settings, moved(model, find_device(device)))
     server_first, _ = dealt(settings.strategy, first_adapter(settings, base))
+    federation_id = str(read_about(run.path / "run.json")["federation"])
+    first = encoded(server_first) if settings.warm_start else b""
+    hello = Hello(federation_id, recipe, inputs.model, first)
     engine = Across(
         settings,
         run,
         base,
-        str(read_about(run.path / "run.json")["federation"]),
-        recipe,
-        inputs,
         server_first,
         sorted(names),
-        sites,
-        patience,
-        progress,
-        tell,
+        Asking(sites, patience, hello, progress, tell),
     )
-    engine.greet()
+    engine.asking.greet(engine.clients)
     return _finished(engine, through_rounds(engine, _started(engine, server_first)))
 
 
@@ -92,7 +91,7 @@ def _begun(engine: Across) -> Snapshot:
 
 
 def _base_lines(engine: Across, name: str) -> list[dict[str, Any]]:
-    return engine.present[name].lines if name in engine.present else []
+    return engine.asking.present[name].lines if name in engine.asking.present else []
 
 
 def _finished(engine: Across, snapshot: Snapshot) -> dict[str, Any]:
@@ -113,7 +112,7 @@ def _finished(engine: Across, snapshot: Snapshot) -> dict[str, Any]:
     beside: dict[str, Any] = {"selection": None, "gate_openness": None, "routing": {}}
     finished = run.finish({**figures, **beside, "data": asdict(_holdings(engine, list(found)))})
     goodbye = {name: Parcel("bye") for name in found}
-    deque(engine.sites.ask(goodbye, _LAST_SECONDS), maxlen=0)
+    deque(engine.asking.sites.ask(goodbye, _LAST_SECONDS), maxlen=0)
     return finished
 
 
@@ -134,7 +133,7 @@ def _last_lines(
 
 def _holdings(engine: Across, names: Sequence[str]) -> Holdings:
     """Return how many rows every site has: of what kind they are it does not tell."""
-    present = {name: engine.present[name] for name in names}
+    present = {name: engine.asking.present[name] for name in names}
     total = Repeated(sum(own.test for own in present.values()), 0, 0, 0)
     return Holdings(
         ["rows"],

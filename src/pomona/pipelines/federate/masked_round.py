@@ -1,6 +1,5 @@
 """The coordinator's half of a sum under masks: it carries keys and shares, and takes away what is left over."""
 
-import json
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pomona.errors import PomonaError
-from pomona.federation.masks import Keys, Unmasking
+from pomona.federation.masks import Keys, Unmasking, session_of
 from pomona.federation.secure_sum import FEWEST
 from pomona.files import read_as, write_json
 from pomona.parcel import Parcel
@@ -114,7 +113,7 @@ class MaskedRound:
 
         ask = {name: Parcel("open masks", self._opens(name, answered)) for name in answered}
         self._gather(ask, keep, f"opening the sum of round {self._round}", self.threshold)
-        session = json.dumps([self._federation, self._round, self._session])
+        session = session_of(self._federation, self._round, self._session)
         return Unmasking.of(session, self._keys, answered, opened, self.threshold)
 
     def _opens(self, name: str, answered: Sequence[str]) -> dict[str, Any]:

@@ -98,7 +98,7 @@ class Member:
     def close(self) -> None:
         """Let the state folder go."""
         if self._joined is not None:
-            self._joined.engine.run.__exit__()
+            self._joined.engine.run.close()
             self._joined = None
 
     def _hello(self, asked: Parcel) -> Parcel:
@@ -291,7 +291,7 @@ def _joined(site: Site, asked: Parcel) -> _Joined:
         else:
             snapshot = run.snapshot([site.name]) or begin(federation)
     except BaseException:
-        run.__exit__()
+        run.close()
         raise
     return _Joined(site, federation_id, InProcess(federation), inputs, snapshot)
 

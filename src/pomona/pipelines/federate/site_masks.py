@@ -1,6 +1,5 @@
 """What a site does so that the coordinator sees nothing of it but its part of a sum."""
 
-import json
 import os
 import secrets
 from collections.abc import Mapping
@@ -8,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pomona.errors import PomonaError
-from pomona.federation.masks import Keys, Masks
+from pomona.federation.masks import Keys, Masks, session_of
 from pomona.federation.secure_sum import FEWEST
 from pomona.files import atomic_file, cannot_read, read_as, write_json
 from pomona.models.received import decoded, encoded
@@ -87,7 +86,7 @@ class SiteMasks:
 
     def _masks(self, asked: Parcel) -> Masks:
         told = asked.told
-        session = json.dumps([self.federation, told.get("round"), str(told.get("session"))])
+        session = session_of(self.federation, whole_of("round", told), str(told.get("session")))
         return Masks(self.name, session, self._secret())
 
     def _secret(self) -> bytes:
