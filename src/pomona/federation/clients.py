@@ -24,17 +24,20 @@ class ClientRows:
 
 @dataclass(frozen=True)
 class ClientData:
-    """Ready files per client (`folder`), or `train` and `test` rows dealt by a partition.
+    """Ready files per client, or rows of one file dealt by a partition.
 
-    In `folder` every client has NAME.train.jsonl and NAME.test.jsonl, or .json, .csv, .parquet.
-    `train` and `test` are such files too, or data sets of the Hub (see `data.tables.read_table`). Without
-    `test`, `held_out` rows of every category of `train` are kept for testing. `category` names the
-    field that rows are dealt by, if it is not the format's own.
+    Neither test rows nor how they are dealt depend on the seed: all seeds are tested on the same rows.
 
-    `test_rows` keeps so many test rows of each category (0 keeps all). With `central` these are one
-    test set for every client, of all clients' test rows where there are ready files; else they are
-    dealt by the rule that deals the train rows. Neither depends on the seed: all seeds are tested on
-    the same rows.
+    Attributes:
+        folder: Ready files per client: NAME.train.jsonl and NAME.test.jsonl, or .json, .csv, .parquet.
+        train: Or one such file, or a data set of the Hub, dealt by the partition.
+        test: The same of test rows, dealt by the rule that deals the train rows.
+        partition: Who holds what.
+        format: The fields of a row; recognised by a file's first row, or named.
+        category: The field that rows are dealt by, if it is not the format's own.
+        held_out: Without `test`: rows of every category of `train` that are kept for testing.
+        test_rows: Test rows that are kept of every category; 0: all.
+        central: All clients are tested on all test rows, not on their own share.
     """
 
     folder: Path | None = None

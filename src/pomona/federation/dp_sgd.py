@@ -25,10 +25,13 @@ _BLIND = (RandomExpert, SameExpert)
 
 @dataclass(frozen=True)
 class DPSGD:
-    """Clips every row's gradient to an L2 norm of `clip` over all that is trained, and noises the sum.
+    """Clips every row's gradient over all that is trained, and noises the sum.
 
-    Noise is Gaussian of deviation noise · clip. ε is accounted for at `delta`, which ought to be less than
-    one divided by the number of a client's rows.
+    Attributes:
+        clip: L2 norm of one row's gradient, at most.
+        noise: Deviation of the Gaussian noise in units of `clip`.
+        delta: ε of a row is told at this δ, which ought to be less than one divided by the number of a
+            client's rows.
     """
 
     clip: float

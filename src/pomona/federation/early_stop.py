@@ -15,11 +15,15 @@ from pomona.seeds import numpy_generator
 
 @dataclass(frozen=True)
 class EarlyStop:
-    """Ends the rounds after `patience` measurements in a row that brought no new best.
+    """Ends the rounds when rows that clients hold back are no longer answered better.
 
-    Every client holds back `share` of its train rows, at least one, and trains on the others. Every `every`
-    rounds the models that serve the clients are measured on those; a client tells its loss and no more. The
-    last state is kept, not the best one.
+    The models that serve the clients are measured on those rows; a client tells its loss and no more. Test
+    rows decide nothing. The last state is kept, not the best one.
+
+    Attributes:
+        patience: Measurements in a row without a new best.
+        share: Of every client's train rows, held back; at least one.
+        every: Rounds between two measurements.
     """
 
     patience: int = 3

@@ -10,13 +10,22 @@ from pomona.errors import PomonaError
 class Evaluation:
     """When and on how much a federation is evaluated.
 
-    Losses every `every` rounds and at the end, on the first `rows` test rows of each client (0: all);
-    at the end also ROUGE-L and exact match of greedy answers of up to `new_tokens` tokens on the first
-    `answers` rows. `forgetting` is text (a folder of domains, a glob or a file) of which the first
-    `windows` windows of `max_length` tokens per domain (0: all) are measured at the end, under every
-    model; `speed` times generation with one client's parts on, beside the base. `tasks` are tasks of the LM
-    evaluation harness, answered at the end by every model too: the first `limit` questions of each (0:
-    all) after `fewshot` examples (None: the task's own number), the local ones from `task_data`.
+    Attributes:
+        every: Rounds between evaluations; there is one at the end too.
+        rows: Test rows of each client for the loss, the first ones; 0: all.
+        answers: Rows that are answered greedily at the end, for ROUGE-L and exact match.
+        new_tokens: Longest such answer in tokens.
+        batch: Rows per batch.
+        forgetting: Text (a folder of domains, a glob or a file) measured at the end under the base, the
+            shared and every personal model.
+        windows: Its windows of `max_length` tokens per domain; 0: all.
+        speed: Time generation with one client's parts on, beside the base.
+        tasks: Tasks of the LM evaluation harness, by name or YAML file, answered at the end by the same
+            models. Needs the extra `eval`.
+        task_data: What `mmlu` (its folder) or `multiple_choice` (a file of questions) reads; without it
+            `mmlu` is the harness's own.
+        fewshot: Examples before a question; without it the task's own number.
+        limit: Questions of every task, the first ones; 0: all.
     """
 
     every: int = 5

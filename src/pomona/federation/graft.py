@@ -34,21 +34,24 @@ _CHOICES = (("form", GraftForm), ("gate", GraftGate), ("weights", GraftWeights))
 
 @dataclass(frozen=True)
 class Graft:
-    """How private experts are born and trained; `count` of them in every MoE layer.
+    """How private experts are born and trained.
 
-    `form` "delta" adds σ(g) · (E_p(x) − E_e(x)): the grafted model equals the base exactly until
-    training moves it, and it exports as one gated expert of twice the width. "copy" adds σ(g) · E_p(x)
-    as published: the model jumps at birth.
-
-    `gate` "router" and "zero" train the gate vector w from the selected expert's router row (as
-    published) or from zero; `bias` trains b too; without it the gate is what Qwen2-MoE's shared expert
-    has. "none" weighs every token by one, and "resident" by the router's own weight for the selected
-    expert, zero where a token is not routed to it: in the delta form that is exactly training the
-    selected expert itself.
-
-    `weights` "lora" trains LoRA of `rank` and `alpha` on gate, up and down (and on no bias); "full" a
-    private copy of the whole expert, biases included, kept as its difference from the resident, so that
-    weight decay pulls towards the resident and `rank` and `alpha` have no meaning.
+    Attributes:
+        selection: Which pretrained experts they grow from.
+        count: Private experts per layer, each with a gate of its own.
+        form: "delta" adds σ(g) · (E_p(x) − E_e(x)): the grafted model equals the base exactly until
+            training moves it, and it exports as one gated expert of twice the width. "copy" adds σ(g) ·
+            E_p(x) as published: the model jumps at birth.
+        gate: Where the gate vector starts: the selected expert's "router" row (as published) or "zero".
+            "none" weighs every token by one; "resident" by the router's own weight for the selected expert,
+            zero where a token is not routed to it: in the delta form that is exactly training the selected
+            expert itself.
+        bias: Train a bias of the gate too; without it the gate is what Qwen2-MoE's shared expert has.
+        weights: "lora" on gate, up and down, and on no bias; "full": a private copy of the whole expert,
+            biases included, kept as its difference from the resident, so that weight decay pulls towards
+            the resident.
+        rank: Of the LoRA; without meaning with full weights.
+        alpha: Of the LoRA; without meaning with full weights.
     """
 
     selection: Selection = field(default_factory=Reconstruction)

@@ -28,18 +28,23 @@ from pomona.training.schedule import cosine
 class LocalTraining:
     """What every sampled client does in a round.
 
-    `steps` optimiser steps on `batch` rows each, or with `epochs` so many passes over the client's rows. The
-    learning rate falls along a cosine across rounds from `learning_rate` to `final_learning_rate` and is
-    constant within one; AdamW starts anew every round (FLEx, arXiv 2506.00965, training script) unless
-    `keep_optimiser`, when every client keeps its moments from round to round.
+    The learning rate falls along a cosine across rounds and is constant within one; AdamW starts anew every
+    round (FLEx, arXiv 2506.00965, training script) unless `keep_optimiser`.
 
-    With `dp_sgd` the gradient of every row is clipped and their sum is noised: every row counts the same,
-    however long its answer, each step draws its rows anew, and the optimiser's own `clip` is off.
-
-    `rates` are factors of the learning rate for some clients; the others' is 1.
-
-    `router_loss` is the factor of the router's load-balancing loss over a client's rows of a step ("model": the
-    one in the model's config), for mixtures that define one; with `dp_sgd` over each row by itself.
+    Attributes:
+        steps: Optimiser steps per round.
+        epochs: Passes over the client's own rows instead of `steps`.
+        batch: Rows per step.
+        learning_rate: Of the first round.
+        final_learning_rate: Of the last.
+        keep_optimiser: Every client keeps AdamW's moments from round to round.
+        optimiser: AdamW's own settings.
+        dp_sgd: The gradient of every row is clipped and their sum is noised: every row counts the same,
+            however long its answer, each step draws its rows anew, and the optimiser's own `clip` is off.
+            Needs the extra `privacy`.
+        router_loss: Factor of the router's load-balancing loss over a client's rows of a step ("model": the
+            one in the model's config), for mixtures that define one; with `dp_sgd` over each row by itself.
+        rates: What some clients' learning rate is multiplied by; the others' factor is 1.
     """
 
     steps: int = 5

@@ -30,14 +30,20 @@ Sample = tuple[int, int]
 
 @dataclass(frozen=True)
 class Privacy:
-    """Clips every client's update to an L2 norm of `clip` over all its tensors and adds noise.
+    """Clips every client's update over all its tensors and adds Gaussian noise.
 
-    "central": the server adds Gaussian noise of deviation noise · clip / n to the mean of n clients.
-    "local": every client adds noise of deviation noise · clip to its own. Every client counts the
-    same: a weight by rows would let one move the mean by more than its share, and tell its rows.
-    ε is accounted for at `delta`. `sampling` says what an attacker knows of who took part: "known"
-    (everything: no amplification), "fixed" (nothing, a fixed number is drawn), "poisson" (as if every
-    client were drawn on its own, which the sampler does not do; for comparison with others' figures).
+    Every client counts the same: a weight by rows would let one move the mean by more than its share, and
+    tell its rows.
+
+    Attributes:
+        clip: L2 norm of a client's change, at most.
+        noise: Deviation of the noise in units of `clip`.
+        where: "central": the server adds noise · clip / n to the mean of n clients. "local": every client
+            adds noise · clip to its own change.
+        delta: ε is told at this δ.
+        sampling: What an attacker knows of who took part: "known" (everything: no amplification), "fixed"
+            (nothing, a fixed number is drawn), "poisson" (as if every client were drawn on its own, which
+            the sampler does not do; for comparison with others' figures).
     """
 
     clip: float

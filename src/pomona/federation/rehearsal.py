@@ -32,10 +32,14 @@ _NEVER = -1e4  # the logarithm of a share that is nothing
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """Adds `weight` · KL(base ‖ tuned) on `rows` texts of the base to every client's loss of every step.
+    """Adds `weight` · KL(base ‖ tuned) on texts of the base to every client's loss of every step.
 
-    The base samples `texts` texts of `length` tokens once, before the first round. Of its distribution over
-    the next token the `top` likeliest are kept, and the others together: KL is of these.
+    Attributes:
+        weight: Of the divergence beside the answers' loss.
+        rows: Texts per client and step.
+        texts: How many the base samples once, before the first round.
+        length: Tokens of a text.
+        top: The likeliest next tokens, whose probability is kept; the others count together.
     """
 
     weight: float = 1.0

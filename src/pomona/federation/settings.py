@@ -38,9 +38,13 @@ _ANY_RANK = (FlexLoRA, FLoRA, LocalOnly)
 class Finish:
     """Training after the last round that nobody sends: of newcomers, or of everybody.
 
-    What is private is trained, on the shared adapter as it is; with `adapter` a copy of that as well, which
-    is then the client's own. `newcomers_only` leaves the others as they are. `rounds` times `training`, along
-    its learning rates.
+    What is private is trained, on the shared adapter as it is.
+
+    Attributes:
+        rounds: How often `training` is done, along its learning rates.
+        training: What is done each time.
+        adapter: Train a copy of the shared adapter too, which is then the client's own.
+        newcomers_only: Leave the others as they are; without it everybody trains.
     """
 
     rounds: int = 20
@@ -57,21 +61,47 @@ class Finish:
 class FederateSettings:
     """A federation, whole: what a recipe says and `federate` does.
 
-    `data` are the clients' rows of a simulation; sites have their own.
-
-    `fraction` of the clients take part in a round, of whom the share `dropout` is lost before it has
-    answered. `joins` says from which round on a client takes part; `newcomers` take part in none, they
-    graft and train when it is over (`finish`). `personal` is a private LoRA beside the shared adapter;
-    `pooled` trains one model on everybody's rows, the ceiling. `warm_start` is a PEFT folder that the
-    adapter begins as; with it `rounds` may be 0, when everybody is a newcomer to what was shared. `ranks` gives
-    some clients an adapter of a smaller rank. `shared_expert` adds to the adapter one more expert per layer,
-    which everybody trains together. `rehearsal` holds every client to what the base says by itself, in
-    whatever it trains. `compression` "int8" rounds what clients send to eight bits, with error feedback;
-    `secure_aggregation` shows the server of a deployment nothing but sums. With `checkpointing` a layer's
-    activations are computed again in the backward pass: less memory, one more forward pass. `compile` has
-    torch compile the normalisations. `cohort` clients train at once, and `experts` is how frozen experts are
-    computed, by an implementation of transformers ("default": the model's own); "auto" is what a trial finds
-    fastest here, within free memory.
+    Attributes:
+        model: Checkpoint folder or Hub id.
+        data: The clients' rows of a simulation; sites have their own.
+        name: The method's name in tables.
+        seed: Decides partition, participants, rows and births.
+        rounds: How often clients train and the server aggregates; 0 only with `warm_start`, when everybody
+            is new to what was shared.
+        fraction: Share of the clients that take part in a round.
+        dropout: Share of those that is lost before it has answered: nothing of theirs changes.
+        joins: From which round on a client takes part.
+        newcomers: Clients that take part in no round; they graft and train when it is over (`finish`).
+        pooled: One model on everybody's rows, the ceiling; every client is tested with it.
+        cohort: Clients that train at once: in one batch or, on a processor, in as many side by side as
+            torch has threads. "auto" is what a trial finds fastest here, within free memory.
+        experts: How frozen experts are computed: by an implementation of transformers, by the one that the
+            model names ("default"), or by the fastest of a trial ("auto").
+        dtype: Of the base.
+        checkpointing: Compute every layer again in the backward pass: less memory, one more forward pass.
+        compile: Have torch compile the normalisations. Needs a C++ compiler on a processor; a run that was
+            interrupted may then differ in its last bits.
+        template: How a row becomes a prompt.
+        max_length: Longest row in tokens; longer prompts are cut from their left.
+        adapter: The LoRA that everybody shares.
+        ranks: Clients with an adapter of a smaller rank; with `flexlora`, `flora` and `local-only`.
+        warm_start: A PEFT folder that the adapter begins as, of the same rank and targets.
+        personal: A private LoRA beside the shared one.
+        graft: Private experts; without it nobody has any.
+        shared_expert: One more expert per layer, which everybody trains and the server aggregates with the
+            adapter.
+        rehearsal: Holds every client to what the base says by itself, against forgetting.
+        strategy: What clients send and what the server does with it.
+        local: What a client does in a round.
+        early_stop: Ends the rounds when rows that are held back are no longer answered better.
+        finish: Training after the last round that nobody sends; with `newcomers` its defaults apply.
+        evaluation: What is measured, and when.
+        privacy: Differential privacy of whole clients: updates are clipped and noised. Needs the extra
+            `privacy`.
+        compression: "int8": clients send their change in eight bits, a scale for every 256 values; what
+            rounding lost is added to the next change. Not with `flora`.
+        secure_aggregation: Across sites the coordinator sees sums alone; a simulation adds up the same
+            integers, without masks. For strategies that need only the mean.
     """
 
     model: str = field(metadata={"path": True})

@@ -31,10 +31,15 @@ _PREFIX = "shared_expert."
 
 @dataclass(frozen=True)
 class SharedGraft:
-    """What a recipe says of the shared expert; `weights`, `gate`, `bias`, `rank` and `alpha` as a graft's.
+    """What a recipe says of the shared expert. It is born silent, the same at every client.
 
-    It is born silent, from `expert` of every layer, or without it from one drawn per layer; the same at
-    every client.
+    Attributes:
+        expert: The pretrained expert it grows from, in every layer; without it one is drawn per layer.
+        gate: As a graft's.
+        bias: As a graft's.
+        weights: As a graft's.
+        rank: As a graft's.
+        alpha: As a graft's.
     """
 
     expert: int | None = None

@@ -26,9 +26,14 @@ ATTENTION = ("q_proj", "k_proj", "v_proj")
 class LoRA:
     """Low-rank updates W + (alpha / rank) · B · A of the attention projections.
 
-    `targets` are last components of module names, as in PEFT's `target_modules`. The default is what
-    FLEx shares: q, k and v (arXiv 2506.00965, section 3). `layers` restricts it to some decoder layers
-    (PEFT's `layers_to_transform`; none named: all). `experts` adds every pretrained expert of these layers.
+    The default is what FLEx shares: q, k and v (arXiv 2506.00965, section 3).
+
+    Attributes:
+        rank: Rows of A.
+        alpha: The factor in front of B · A is this over `rank`.
+        targets: Last components of module names, as in PEFT's `target_modules`.
+        layers: Only these decoder layers (PEFT's `layers_to_transform`); none named: all.
+        experts: LoRA on every pretrained expert of these layers too.
     """
 
     rank: int = 8

@@ -15,10 +15,15 @@ from pomona.recipe.read import read_table
 
 @dataclass(frozen=True)
 class ReconstructRecipe:
-    """A dense model, its domains (folder, glob or file) and how to reconstruct.
+    """A dense model, its domains and how to reconstruct.
 
-    `text` (the same) is what to retrain on, the domains themselves if it is not given. Raises
-    `PomonaError` for a text that nothing is retrained on.
+    Raises `PomonaError` for a text that nothing is retrained on.
+
+    Attributes:
+        model: Dense checkpoint: folder or Hub id.
+        domains: Folder or glob with a text file per domain, or one file.
+        text: What to retrain on, in the same form; without it the domains themselves.
+        settings: Everything else.
     """
 
     model: str = field(metadata={"path": True})

@@ -113,8 +113,11 @@ class Ridge:
     """down' = Y Hᵀ (H Hᵀ + λ I)⁻¹ with H the kept activations [W, N] and Y the dense output [D, N].
 
     Only the sums H Hᵀ [W, W] and P Hᵀ [D, W] are kept, P being the output of the pruned channels:
-    never an activation. `penalty` is λ relative to the mean diagonal of H Hᵀ; it pulls towards the
-    dense columns, which are the exact solution when nothing is pruned.
+    never an activation.
+
+    Attributes:
+        penalty: λ relative to the mean diagonal of H Hᵀ; it pulls towards the dense columns, which are the
+            exact solution when nothing is pruned.
     """
 
     penalty: float = 1e-2

@@ -40,7 +40,11 @@ class Router(Protocol):
 
 @dataclass(frozen=True)
 class RandomRouter:
-    """Normal rows, as the published DIVE has them."""
+    """Normal rows, as the published DIVE has them.
+
+    Attributes:
+        deviation: Of a row's entries.
+    """
 
     deviation: float = 0.02
 
@@ -68,7 +72,8 @@ class RandomRouter:
 class Centroids:
     """Row e is the direction of group e's mean FFN input away from the mean of all groups.
 
-    `scale` is the length of a row; with inputs of norm √D it sets how sharp the softmax is.
+    Attributes:
+        scale: Length of a row; with inputs of norm √D it sets how sharp the softmax is.
     """
 
     scale: float = 1.0
@@ -101,8 +106,12 @@ class Fitted:
 
     The best K experts of a token are found greedily: each next one is what brings the mean of the chosen
     closest to FFN(x). For K > 1 the rows are then scaled so that the softmax over the chosen, whose
-    weights the experts get, leaves the least error. `tokens` caps how many tokens of each group are used,
-    `decay` is the weight of ‖rows‖² in the fit.
+    weights the experts get, leaves the least error.
+
+    Attributes:
+        tokens: At most so many tokens of each group.
+        decay: Weight of ‖rows‖² in the fit.
+        iterations: Of the fit, at most.
     """
 
     tokens: int = 4096

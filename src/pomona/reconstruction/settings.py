@@ -20,13 +20,31 @@ from pomona.reconstruction.specialise import Specialise
 class ReconstructSettings:
     """How a dense model is taken apart and put together again.
 
-    `keep` is the share of FFN channels per expert; `active` experts serve a token, so a token sees
-    `keep · active` of the dense width (and what a planner shares). One expert is static pruning: the
-    result stays dense. `windows` of `length` tokens calibrate each domain; `affinity_windows` others
-    measure each pruned model when `affinity` is "perplexity". `grouping` "affinity" clusters the
-    domains, "random" deals them, "all" gives every expert all of them. With fewer domains than experts
-    `split_domains` splits them by what their windows look like to the model; a single one, a corpus
-    without domains, is always split. `dtype` is what the dense model computes in while it is taken apart.
+    A token sees `keep · active` of the dense width (and what a planner shares).
+
+    Attributes:
+        experts: Per layer. One expert is static pruning: the result stays dense.
+        active: Experts that serve a token.
+        keep: Share of the dense FFN channels that each expert keeps.
+        windows: Calibration windows per domain.
+        length: Tokens of a window.
+        score: How important a channel is.
+        grouping: "affinity" clusters the domains, "random" deals them, "all" gives every expert all of
+            them.
+        split_domains: Split domains by what their windows look like to the model where there are fewer than
+            experts; a single one, a corpus without domains, is always split.
+        affinity: How domains are compared: by the "perplexity" of models pruned for one another, or by
+            their "scores". Domains that are split are always compared by scores.
+        affinity_windows: Windows per domain that measure each pruned model.
+        correlate: What of the perplexity matrix is correlated.
+        linkage: Of the hierarchical clustering.
+        planner: Which channels go to which expert.
+        compensation: What the kept columns do for those that are gone.
+        router: Where the router's rows come from.
+        specialise: Experts learn from the tokens that the router sends them.
+        dtype: What the dense model computes in while it is taken apart.
+        retrain: Training of the result; without it none.
+        seed: Of windows and fits.
     """
 
     experts: int = 8

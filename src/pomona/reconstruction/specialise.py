@@ -33,9 +33,12 @@ class LayerExperts:
 
 @dataclass(frozen=True)
 class Specialise:
-    """`rounds` of specialisation on about `tokens` tokens per layer; 0 rounds leave DIVE's experts.
+    """Experts specialise on the tokens that the router sends them.
 
-    `sweeps` solve for one expert after the other, given those that serve the same tokens.
+    Attributes:
+        rounds: How often channels, weights and router are chosen anew; 0 leaves DIVE's experts.
+        tokens: Tokens per layer, about.
+        sweeps: How often one expert after the other is solved for, given those that serve the same tokens.
     """
 
     rounds: int = 3

@@ -27,7 +27,12 @@ class NotFiniteError(PomonaError):
 class AdamW:
     """Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019.
 
-    `clip` bounds each client's own gradient norm; 0 switches clipping off.
+    Attributes:
+        beta1: Of the mean of gradients.
+        beta2: Of the mean of their squares.
+        epsilon: Added to the root of the squares.
+        weight_decay: Share of a value that a step at learning rate 1 takes off.
+        clip: Bounds each client's own gradient norm; 0 switches clipping off.
     """
 
     beta1: float = 0.9

@@ -19,8 +19,9 @@ _CALCULATION = re.compile(r"<<[^<>]*>>")
 class GSM8K:
     """A question and a worked answer that ends in `#### n`, which is kept.
 
-    The authors' notes for a calculator (`<<48/2=24>>`) are removed unless `calculations` keeps them:
-    a model without one would learn to write every sum twice.
+    Attributes:
+        calculations: Keep the authors' notes for a calculator (`<<48/2=24>>`), which a model without one
+            learns to write for every sum.
     """
 
     calculations: bool = False

@@ -10,10 +10,16 @@ from pomona.errors import PomonaError
 
 @dataclass(frozen=True)
 class Mapped:
-    """`instruction`, `context`, `response` and `category` name a record's fields.
+    """Fields that the recipe names.
 
-    An empty name means that rows have no such thing. Context and category may be null or a whole
-    number; a name that a record lacks is refused.
+    An empty name means that rows have no such thing. Context and category may be null or a whole number; a
+    name that a record lacks is refused.
+
+    Attributes:
+        instruction: Field of what is asked.
+        context: Field of what comes with it.
+        response: Field of the answer.
+        category: Field that rows are dealt by.
     """
 
     instruction: str = "instruction"

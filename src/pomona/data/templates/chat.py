@@ -11,9 +11,10 @@ from pomona.errors import PomonaError
 
 @dataclass(frozen=True)
 class Chat:
-    """One user turn of instruction and context, after the turns before it.
+    """One user turn of instruction and context, after the turns before it, in the tokenizer's own template.
 
-    `system` is the system turn of rows that have none of their own.
+    Attributes:
+        system: System turn of rows that have none of their own.
     """
 
     system: str = ""

@@ -23,8 +23,9 @@ from pomona.seeds import numpy_generator
 class ByCategory:
     """One category per client, the client named after it.
 
-    `categories` chooses and orders the clients; empty means every category of the rows. `rows` keeps
-    so many of each client's train rows, drawn at random (0 keeps all).
+    Attributes:
+        categories: Chooses and orders the clients; empty means every category of the rows.
+        rows: Train rows of a client, drawn at random; 0: all.
     """
 
     categories: tuple[str, ...] = ()
@@ -55,8 +56,12 @@ class SomeCategories:
     McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data",
     AISTATS 2017, section 3. Their shards of sorted rows give most clients two digits, some one or
     three; here every client has exactly as many as asked. Categories are dealt as from shuffled
-    decks, so that as many clients as can be hold each, and its holders share its rows evenly. `rows`
-    caps a client's train rows.
+    decks, so that as many clients as can be hold each, and its holders share its rows evenly.
+
+    Attributes:
+        clients: How many.
+        categories_per_client: How many categories each holds.
+        rows: At most so many train rows of a client; 0: all.
     """
 
     clients: int = 10

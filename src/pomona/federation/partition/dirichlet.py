@@ -29,11 +29,17 @@ class Dirichlet:
 
     Li et al., "Federated Learning on Non-IID Data Silos", ICDE 2022, after Yurochkin et al., ICML
     2019: mixtures and sizes differ. Train and test rows follow the same proportions, so a client is
-    tested on the mixture it trains on. Small `alpha`: one category per client; large: all alike.
+    tested on the mixture it trains on.
 
     Proportions that leave some client fewer than `minimum` train rows or without a test row are
     drawn again, as is common: a draw that is kept is one of the distribution, while rows moved
-    from one client to another would be of none. `rows` caps a client's train rows afterwards.
+    from one client to another would be of none.
+
+    Attributes:
+        clients: How many.
+        alpha: Small: one category per client; large: all alike.
+        minimum: Train rows that every client has at least.
+        rows: At most so many train rows of a client, cut afterwards; 0: all.
     """
 
     clients: int = 10
@@ -91,8 +97,12 @@ class EvenDirichlet:
     After Hsu et al., "Measuring the Effects of Non-Identical Data Distribution for Federated Visual
     Classification", 2019: client by client, without replacement, and the chances of a category
     that has run out go to the others. The mixtures' mean is the mixture of all rows, and their
-    concentration `alpha` per category on average. `rows` is what every
-    client trains on (0: all rows are dealt).
+    concentration `alpha` per category on average.
+
+    Attributes:
+        clients: How many.
+        alpha: Concentration per category, on average; small: one category per client.
+        rows: Train rows of every client; 0: all rows are dealt.
     """
 
     clients: int = 10

@@ -22,7 +22,12 @@ from pomona.seeds import numpy_generator
 
 @dataclass(frozen=True)
 class IID:
-    """`clients` equal shares of the shuffled rows; `rows` caps a client's train rows."""
+    """Equal shares of the shuffled rows.
+
+    Attributes:
+        clients: How many.
+        rows: At most so many train rows of a client; 0: all.
+    """
 
     clients: int = 4
     rows: int = 0
@@ -43,10 +48,15 @@ class IID:
 class SizeSkew:
     """Clients of one mixture and very different sizes.
 
-    `law` "log-normal": sizes in proportion to exp(`spread`·z) with standard normal z;
-    "power": the k-th client's in proportion to k^-`spread` (Zipf), the same for every seed. Every
-    client has at least `minimum` train rows and at most `rows` (0: no limit). Test rows are dealt
-    evenly: the skew is in what a client learns from, not in how exactly it is measured.
+    Test rows are dealt evenly: the skew is in what a client learns from, not in how exactly it is measured.
+
+    Attributes:
+        clients: How many.
+        law: "log-normal": sizes in proportion to exp(`spread`·z) with standard normal z. "power": the k-th
+            client's in proportion to k^-`spread` (Zipf), the same for every seed.
+        spread: How much sizes differ.
+        minimum: Train rows that every client has at least.
+        rows: At most so many train rows of a client; 0: all.
     """
 
     clients: int = 10

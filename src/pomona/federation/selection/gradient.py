@@ -40,7 +40,8 @@ from pomona.training.loss import client_means
 class Gradient:
     """One forward and backward pass; memory is that of a training step on one batch.
 
-    `rows` caps the calibration rows of a client.
+    Attributes:
+        rows: At most so many calibration rows of a client.
     """
 
     rows: int = 128

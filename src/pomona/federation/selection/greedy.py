@@ -36,10 +36,13 @@ class Moments:
 
 @dataclass(frozen=True)
 class Greedy:
-    """Forward selection of experts; `rows` caps the calibration rows of a client.
+    """Forward selection of experts.
 
     A single expert is the one with the best multiple of its output: unlike `reconstruction` its size does
     not matter, only its direction.
+
+    Attributes:
+        rows: At most so many calibration rows of a client.
     """
 
     rows: int = 128

@@ -19,8 +19,10 @@ from pomona.models.experts import ExpertSite
 class Reconstruction:
     """One forward pass of the unmodified model; nothing but E sums per layer is kept.
 
-    `rows` caps the calibration rows of a client; FLEx uses 128. Several experts are those that come
-    closest one by one; `greedy` looks at them together.
+    Several experts are those that come closest one by one; `greedy` looks at them together.
+
+    Attributes:
+        rows: At most so many calibration rows of a client; FLEx uses 128.
     """
 
     rows: int = 128

@@ -14,10 +14,14 @@ from pomona.seeds import numpy_generator
 
 @dataclass(frozen=True)
 class SameExpert:
-    """Takes expert `expert` of every layer, or without it experts drawn per layer by `draw`.
+    """Takes the same experts for every client.
 
-    Both are constants of the recipe: nothing of any client and not its seed decides. With several
+    Its settings are constants of the recipe: nothing of any client and not its seed decides. With several
     grafts the ones after `expert` follow, the first after the last.
+
+    Attributes:
+        expert: The expert of every layer; without it experts are drawn per layer by `draw`.
+        draw: Seed of the draw.
     """
 
     expert: int | None = None

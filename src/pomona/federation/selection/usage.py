@@ -20,7 +20,8 @@ from pomona.models.experts import ExpertSite
 class Usage:
     """One forward pass; an expert is computed only for the tokens that are routed to it.
 
-    `rows` caps the calibration rows of a client.
+    Attributes:
+        rows: At most so many calibration rows of a client.
     """
 
     rows: int = 128

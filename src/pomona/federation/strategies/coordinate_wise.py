@@ -37,9 +37,12 @@ class Median:
 
 @dataclass(frozen=True)
 class TrimmedMean:
-    """Averages every coordinate without its `trim` smallest and `trim` largest share of the clients.
+    """Averages every coordinate without the clients at either end.
 
     Of n clients ⌊trim · n⌋ are left out at either end.
+
+    Attributes:
+        trim: Share of the clients that is left out at either end.
     """
 
     trim: float = 0.25

@@ -19,7 +19,11 @@ from pomona.shapes import PerClient
 
 @dataclass(frozen=True)
 class FedProx:
-    """Adds μ/2 · ‖θ − θ_server‖² over the shared tensors to every client's loss."""
+    """Adds μ/2 · ‖θ − θ_server‖² over the shared tensors to every client's loss.
+
+    Attributes:
+        mu: μ.
+    """
 
     mu: float = 0.01
 

@@ -19,11 +19,14 @@ from pomona.federation.update import Part, Update
 
 @dataclass(frozen=True)
 class Krum:
-    """Keeps the `chosen` updates with the lowest scores and averages them, each counting the same.
+    """Keeps the updates with the lowest scores and averages them, each counting the same.
 
-    With n updates, `malicious` (f) of which may be wrong, a score is the sum of the squared distances
-    to the n − f − 2 nearest others. `chosen` = 1 is Krum, more is multi-Krum. The proof needs
-    n ≥ 2f + 3; fewer updates in a round are refused.
+    With n updates, `malicious` (f) of which may be wrong, a score is the sum of the squared distances to
+    the n − f − 2 nearest others. The proof needs n ≥ 2f + 3; fewer updates in a round are refused.
+
+    Attributes:
+        malicious: f: updates that may be wrong.
+        chosen: Updates that are kept: 1 is Krum, more is multi-Krum.
     """
 
     malicious: int = 0

@@ -24,7 +24,8 @@ _CONTROL = "control."
 class Scaffold:
     """Sends the adapter and the change of its control variate, twice the bytes of FedAvg.
 
-    `fraction` is the share of the clients that takes part in a round, as in the recipe.
+    Attributes:
+        fraction: Share of the clients that takes part in a round, as in the recipe.
     """
 
     fraction: float = 1.0

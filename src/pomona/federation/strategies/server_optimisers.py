@@ -25,6 +25,10 @@ class FedAvgM:
     """FedAvg with momentum: v ← β·v + Δ, θ ← θ + η·v.
 
     β = 0 and η = 1 is FedAvg bit for bit. FLEx compares with β = 0.9.
+
+    Attributes:
+        beta: Momentum β.
+        learning_rate: The server's η.
     """
 
     beta: float = 0.9
@@ -67,6 +71,11 @@ class FedAdagrad:
     """Adagrad on the server: v ← v + Δ².
 
     The paper runs it without momentum (β₁ = 0), which is the default here.
+
+    Attributes:
+        learning_rate: The server's η.
+        tau: τ, added to the root of v.
+        beta1: Momentum β₁ of the step.
     """
 
     learning_rate: float = 1e-3
@@ -95,7 +104,14 @@ class FedAdagrad:
 
 @dataclass(frozen=True)
 class FedAdam:
-    """Adam on the server: v ← β₂·v + (1 − β₂)·Δ²; no bias correction, as in the paper."""
+    """Adam on the server: v ← β₂·v + (1 − β₂)·Δ²; no bias correction, as in the paper.
+
+    Attributes:
+        learning_rate: The server's η.
+        tau: τ, added to the root of v.
+        beta1: Momentum β₁ of the step.
+        beta2: β₂ of the squares.
+    """
 
     learning_rate: float = 1e-3
     tau: float = 1e-3
@@ -126,7 +142,14 @@ class FedAdam:
 
 @dataclass(frozen=True)
 class FedYogi:
-    """Yogi on the server: v ← v − (1 − β₂)·Δ²·sign(v − Δ²), which forgets slower than Adam."""
+    """Yogi on the server: v ← v − (1 − β₂)·Δ²·sign(v − Δ²), which forgets slower than Adam.
+
+    Attributes:
+        learning_rate: The server's η.
+        tau: τ, added to the root of v.
+        beta1: Momentum β₁ of the step.
+        beta2: β₂ of the squares.
+    """
 
     learning_rate: float = 1e-3
     tau: float = 1e-3

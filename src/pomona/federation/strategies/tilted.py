@@ -22,11 +22,15 @@ _LOSS = "loss/"
 
 @dataclass(frozen=True)
 class Tilted:
-    """Weighs clients by rows · exp(tilt · loss) and takes `learning_rate` times the step to their mean.
+    """Weighs clients by rows · exp(tilt · loss), so that who is served worst counts most.
 
-    A client tells the mean loss of its steps, a number beside its tensors. The server weighs it by its mean
-    over the rounds, in which the share `keep` of what was heard before stays. Tilt 0 and learning rate 1
-    are FedAvg bit for bit.
+    A client tells the mean loss of its steps, a number beside its tensors. Tilt 0 and learning rate 1 are
+    FedAvg bit for bit.
+
+    Attributes:
+        tilt: Of the loss in the exponent.
+        keep: Share of what was heard before that stays in a loss's mean over the rounds.
+        learning_rate: So many times the step to the mean is taken.
     """
 
     tilt: float = 2.0

@@ -22,9 +22,15 @@ from pomona.reconstruction.scores import Score
 
 @dataclass(frozen=True)
 class ActivationClusters:
-    """Shares the share `shared` of the channels; `tokens` calibrate, `active_share` of them mark.
+    """Shares the channels that are active for most tokens and clusters the others by their markers.
 
-    A marker is one where a channel's |activation| is among the first `active_share` of its layer.
+    A marker is one where a channel's |activation| is among the largest of its layer.
+
+    Attributes:
+        shared: Share of the channels that serve every token.
+        tokens: Tokens that calibrate.
+        active_share: Share of a layer's channels that a token marks.
+        iterations: Of the clustering.
     """
 
     shared: float = 0.25

@@ -18,9 +18,12 @@ from pomona.reconstruction.scores import Score, score_layers
 class TopChannels:
     """Pools a group's statistics, scores anew and keeps the best channels of every layer.
 
-    `shared` is the share of dense channels hoisted into one ungated expert that serves every token:
-    the channels that most experts would keep. Routing weights sum to one, so a channel that all
-    experts keep gives the same function there at a fraction of the size.
+    Routing weights sum to one, so a channel that all experts keep gives the same function in a shared
+    expert at a fraction of the size.
+
+    Attributes:
+        shared: Share of dense channels hoisted into one ungated expert that serves every token: the
+            channels that most experts would keep.
     """
 
     shared: float = 0.0

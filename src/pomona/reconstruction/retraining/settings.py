@@ -37,9 +37,16 @@ def _check_choice(name: str, value: str, kinds: object) -> None:
 class RouterStage:
     """The router alone, every expert serving every token with weight softmax(logits / temperature).
 
-    The temperature is folded into the router afterwards. `tokens` 0 leaves the stage out; DIVE takes
-    0.5 B at a constant 1e-4 and temperature 0.05 (one active expert) or 0.5 (two). `warm_up` is the
-    share of the steps in which the rate rises, `floor` the share of it that a cosine ends at.
+    The temperature is folded into the router afterwards. DIVE takes 0.5 B tokens at a constant 1e-4 and
+    temperature 0.05 (one active expert) or 0.5 (two).
+
+    Attributes:
+        tokens: Budget; 0 leaves the stage out.
+        learning_rate: The highest.
+        schedule: Of the learning rate.
+        warm_up: Share of the steps in which the rate rises.
+        floor: Share of the rate that a cosine ends at.
+        temperature: Of the softmax.
     """
 
     tokens: int = 0
@@ -63,9 +70,20 @@ class RouterStage:
 class ExpertStage:
     """Experts, router and norms, each token served by its active experts as in use.
 
-    `experts` are trained by LoRA (merged at the end), in full or not at all; the router with steps relative
-    to the size of its weights, with the learning rate as it is (as DIVE) or not at all; norms if asked.
     DIVE takes 5 B tokens, LoRA of rank 8, 1e-4 along a cosine with 3 % warm-up down to a tenth.
+
+    Attributes:
+        tokens: Budget; 0 leaves the stage out.
+        learning_rate: The highest.
+        schedule: Of the learning rate.
+        warm_up: Share of the steps in which the rate rises.
+        floor: Share of the rate that a cosine ends at.
+        experts: Trained by LoRA (merged at the end), in full or not at all.
+        rank: Of the LoRA.
+        alpha: Of the LoRA.
+        router: Trained in steps "relative" to the size of its weights, "absolute" ones as large as the
+            experts' (as DIVE), or not at all.
+        norms: Trained too.
     """
 
     tokens: int = 1_000_000
@@ -95,12 +113,15 @@ class ExpertStage:
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised: `distil` KL(dense ‖ mixture) per token, or the text's cross-entropy.
+    """What is minimised beside the balance of experts.
 
-    `temperature` softens both distributions of `distil`. `balance` weighs the load-balancing loss of
-    Switch Transformers (Fedus et al., 2022), `z` the router z-loss of ST-MoE (Zoph et al., 2022).
-    `straight_through` gives the router of a single active expert, whose weight is always one, the
-    gradient of its probability.
+    Attributes:
+        loss: KL(dense ‖ mixture) per token ("distil"), or the text's cross-entropy.
+        temperature: Softens both distributions of `distil`.
+        balance: Weight of the load-balancing loss of Switch Transformers (Fedus et al., 2022).
+        z: Weight of the router z-loss of ST-MoE (Zoph et al., 2022).
+        straight_through: Give the router of a single active expert, whose weight is always one, the
+            gradient of its probability.
     """
 
     loss: LossKind = "distil"
@@ -117,9 +138,21 @@ class Objective:
 
 @dataclass(frozen=True)
 class Retraining:
-    """Two stages over windows of `length` tokens, `batch` a forward pass, `accumulate` of them a step.
+    """Two stages over windows of text.
 
     A stage takes as many whole steps as its tokens pay for; with 0 tokens there is no such stage.
+
+    Attributes:
+        router: The first stage.
+        experts: The second stage.
+        objective: What is minimised.
+        length: Tokens of a window.
+        batch: Windows per pass.
+        accumulate: Passes per step.
+        optimiser: AdamW's own settings.
+        checkpointing: Recompute activations, and merge a layer's weights anew instead of keeping them.
+        save_every: Steps between checkpoints.
+        dtype: Of the frozen weights.
     """
 
     router: RouterStage = field(default_factory=RouterStage)

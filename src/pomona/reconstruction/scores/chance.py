@@ -11,9 +11,12 @@ from pomona.shapes import DownProj, PerChannel
 
 @dataclass(frozen=True)
 class RandomScore:
-    """Draws every channel's score uniformly, a function of `seed` and of what is scored.
+    """Draws every channel's score uniformly, a function of its seed and of what is scored.
 
     Different layers and domains get different draws: their statistics seed the generator.
+
+    Attributes:
+        seed: Of the draw.
     """
 
     seed: int = 0
