@@ -16,6 +16,7 @@ from typer.cli import get_docs_for_click
 
 from pomona.cli.app import app
 from pomona.federation.settings import FederateSettings
+from pomona.pipelines.federate.policy import Policy
 from pomona.recipe.library import recipes
 from pomona.recipe.reconstruct import ReconstructRecipe
 
@@ -37,6 +38,7 @@ def recipe_list() -> str:
 TEXTS: dict[str, Callable[[], str]] = {
     "settings of federate": lambda: settings_tables(FederateSettings),
     "settings of reconstruct": lambda: settings_tables(ReconstructRecipe),
+    "settings of policy": lambda: settings_tables(Policy),
     "recipes": recipe_list,
     "commands": commands,
 }

@@ -13,10 +13,13 @@ from pomona.errors import PomonaError
 class Policy:
     """A site's own rules.
 
-    `tensors` are patterns of names of which one must fit every tensor that leaves; `largest_message` is in
-    bytes, either way; `recipes` and `models` are SHA-256 of recipes and base models, as `pomona serve`
-    tells them. Without any, every recipe and every base is accepted. A recipe that names code of another
-    package has to be among `recipes`. With `sums_only` the site takes part in secure aggregation alone.
+    Attributes:
+        tensors: Patterns of names, of which one must fit every tensor that leaves.
+        largest_message: In bytes, either way.
+        recipes: SHA-256 of recipes, as `pomona serve` tells them; without any every recipe is accepted, unless
+            it names code of another package.
+        models: SHA-256 of base models, as `pomona serve` tells them; without any every base is accepted.
+        sums_only: Take part in secure aggregation alone.
     """
 
     tensors: tuple[str, ...] = ("*",)
