@@ -64,8 +64,11 @@ def check(words: list[str]) -> None:
     assert rest == [], f"too many words: {rest}"
     for option in command.params:
         value = given.get(option.name)
-        missing = value is None or option.value_is_missing(value)
-        assert not (option.required and missing), f"{option.name} is missing"
+        said = isinstance(value, (str, bool, list, tuple)) and value not in (
+            [],
+            (),
+        )  # else click's own "unset"
+        assert said or not option.required, f"{option.name} is missing"
         if isinstance(option.type, CHECKED) and isinstance(value, str):
             option.type.convert(value, option, None)
     if given.get("changes"):

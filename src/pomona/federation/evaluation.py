@@ -21,7 +21,7 @@ class Evaluation:
         windows: Its windows of `max_length` tokens per domain; 0: all.
         speed: Time generation with one client's parts on, beside the base.
         tasks: Tasks of the LM evaluation harness, by name or YAML file, answered at the end by the same
-            models. Needs the extra `eval`.
+            models. A file is looked for where the command runs. Needs the extra `eval`.
         task_data: What `mmlu` (its folder) or `multiple_choice` (a file of questions) reads; without it
             `mmlu` is the harness's own.
         fewshot: Examples before a question; without it the task's own number.

@@ -74,7 +74,7 @@ class FederateSettings:
         newcomers: Clients that take part in no round; they graft and train when it is over (`finish`).
         pooled: One model on everybody's rows, the ceiling; every client is tested with it.
         cohort: Clients that train at once: in one batch or, on a processor, in as many side by side as
-            torch has threads. "auto" is what a trial finds fastest here, within free memory.
+            torch has threads (`OMP_NUM_THREADS`, at most 8). "auto" is what a trial finds fastest here, within free memory.
         experts: How frozen experts are computed: by an implementation of transformers, by the one that the
             model names ("default"), or by the fastest of a trial ("auto").
         dtype: Of the base.
@@ -101,7 +101,8 @@ class FederateSettings:
         compression: "int8": clients send their change in eight bits, a scale for every 256 values; what
             rounding lost is added to the next change. Not with `flora`.
         secure_aggregation: Across sites the coordinator sees sums alone; a simulation adds up the same
-            integers, without masks. For strategies that need only the mean.
+            integers, without masks. For strategies that need only the mean (`fedavg`,
+            `fedprox`, `fedavgm`, `fedadagrad`, `fedadam`, `fedyogi`, `ffa-lora`, `fedsa-lora`).
     """
 
     model: str = field(metadata={"path": True})
