@@ -74,7 +74,8 @@ class FederateSettings:
         newcomers: Clients that take part in no round; they graft and train when it is over (`finish`).
         pooled: One model on everybody's rows, the ceiling; every client is tested with it.
         cohort: Clients that train at once: in one batch or, on a processor, in as many side by side as
-            torch has threads (`OMP_NUM_THREADS`, at most 8). "auto" is what a trial finds fastest here, within free memory.
+            torch has threads (`OMP_NUM_THREADS`, at most 8). "auto" is what a trial finds fastest here, within
+            free memory.
         experts: How frozen experts are computed: by an implementation of transformers, by the one that the
             model names ("default"), or by the fastest of a trial ("auto").
         dtype: Of the base.
