@@ -1,15 +1,22 @@
-"""The pages of the documentation as tests read them: blocks of code, links, anchors."""
+"""The pages of the documentation as tests read them: blocks of code, links, anchors, recipes."""
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from conftest import ROOT
 from generated import filled
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+
+from pomona.federation.settings import FederateSettings
+from pomona.pipelines.federate.policy import Policy
+from pomona.recipe import build
+from pomona.recipe.reconstruct import ReconstructRecipe
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
@@ -73,3 +80,15 @@ def exists(page: Path, link: str) -> bool:
     if not target.is_relative_to(ROOT) or not target.exists():
         return False
     return not anchor or anchor in anchors(str(target.relative_to(ROOT)))
+
+
+def read(table: dict[str, Any], where: str) -> object:
+    """Read a table, or a part of one, by the reader whose keys it has."""
+    for kind, given in (
+        (Policy, {}),
+        (ReconstructRecipe, {"model": "model", "domains": "domains"}),
+        (FederateSettings, {"model": "model"}),
+    ):
+        if kind is FederateSettings or table.keys() <= {f.name for f in dataclasses.fields(kind)}:
+            return build(kind, {**given, **table}, Path("/nowhere"), where)
+    raise AssertionError(where)

@@ -4,20 +4,16 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import pkgutil
 import re
 import tomllib
-from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ROOT
-from pages import SHELL, Block, blocks
+from pages import SHELL, Block, blocks, read
 
 import pomona
-from pomona.federation.settings import FederateSettings
-from pomona.pipelines.federate.policy import Policy
-from pomona.recipe import build
-from pomona.recipe.reconstruct import ReconstructRecipe
 from pomona.recipe.registries import REGISTRIES, lacking
 
 PYTHON, TOML = blocks("python"), blocks("toml")
@@ -73,19 +69,14 @@ def test_what_python_defines_fulfils_a_protocol(block):
     assert None in [lacking(protocol, made[0]) for protocol in REGISTRIES]
 
 
-def read(table: dict[str, Any], where: str) -> object:
-    """Read a table, or a part of one, by the reader whose keys it has."""
-    for kind, given in (
-        (Policy, {}),
-        (ReconstructRecipe, {"model": "model", "domains": "domains"}),
-        (FederateSettings, {"model": "model"}),
-    ):
-        if kind is FederateSettings or table.keys() <= {f.name for f in dataclasses.fields(kind)}:
-            return build(kind, {**given, **table}, Path("/nowhere"), where)
-    raise AssertionError(where)
-
-
 @pytest.mark.parametrize("block", [*TOML, *WRITTEN], ids=where)
 def test_toml_is_read_as_a_recipe_or_a_policy(block, monkeypatch):
     monkeypatch.setenv("POMONA_DATA", str(ROOT))
     assert read(tomllib.loads(block.text), block.where)
+
+
+def test_the_reference_of_python_names_what_is_there():
+    named = re.findall(r"^::: (\S+)$", (ROOT / "docs/api.md").read_text("utf-8"), re.M)
+    assert len(named) > 15
+    for name in named:
+        assert pkgutil.resolve_name(name) is not None

@@ -8,8 +8,7 @@ import click
 import pytest
 import typer
 from conftest import ROOT
-from pages import NAMES, SHELL, blocks, inline
-from test_blocks import read
+from pages import NAMES, SHELL, blocks, inline, read
 
 from pomona.cli.app import app
 from pomona.recipe.changes import changed
