@@ -101,7 +101,7 @@ def choose_experts(
     clients: Sequence[Sequence[Batch]],
     seeds: Sequence[int],
 ) -> list[list[list[int]]]:
-    """Return the experts that every client's grafts grow from, `count` distinct ones per site [C][L][count].
+    """Return the experts that every client's grafts grow from, `count` distinct ones per site `[C][L][count]`.
 
     `clients` holds the batches of each, `seeds` its own. Raises `PomonaError` when a layer has fewer experts,
     or a selection rule from outside gives others than it was asked for.

@@ -21,7 +21,7 @@ class Selection(Protocol):
         seeds: Sequence[int],
         count: int,
     ) -> list[list[list[int]]]:
-        """Return `count` distinct experts of every site for every client, the best first [C][L][count].
+        """Return `count` distinct experts of every site for every client, the best first `[C][L][count]`.
 
         `clients` holds every client's own batches, `seeds` its own seed. They are many so that one pass of the
         base serves all; what one is given must not depend on the others, and the model stays as it was.
