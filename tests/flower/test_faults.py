@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from shutil import which
+from shutil import copytree, which
 from socket import create_connection, socket
 
 import pytest
@@ -83,16 +83,16 @@ def test_with_keys_and_tls(slow, dealt, undisturbed, tmp_path):
     made = make_keys(tmp_path / "keys", ["127.0.0.1"], [*NAMES, "strangers"])
     assert made == ["authority", "coordinator", *NAMES, "strangers"]
     (tmp_path / "keys/coordinator/sites/strangers.pub").unlink()
-    with Running(slow, tmp_path / "across", dealt, tmp_path / "keys") as running:
+    rows = Path(copytree(dealt, tmp_path / "rows"))
+    for split in ("train", "test"):
+        (rows / f"strangers.{split}.jsonl").write_text((dealt / f"pears.{split}.jsonl").read_text())
+    with Running(slow, tmp_path / "across", rows, tmp_path / "keys") as running:
         coordinator = running.serve()
-        sites = [running.join(name) for name in NAMES]
-        coordinator.wait_for("listening on")
-        (dealt / "strangers.train.jsonl").write_text((dealt / "pears.train.jsonl").read_text())
-        (dealt / "strangers.test.jsonl").write_text((dealt / "pears.test.jsonl").read_text())
         stranger = running.join("strangers")
         assert stranger.end() == 2
         assert "does not know this site's key" in stranger.said
         assert "Traceback" not in stranger.said
+        sites = [running.join(name) for name in NAMES]
         assert coordinator.end() == 0, coordinator.said
         assert [site.end() for site in sites] == [0, 0]
         assert all("the federation is over" in site.said for site in sites)
@@ -100,8 +100,6 @@ def test_with_keys_and_tls(slow, dealt, undisturbed, tmp_path):
         status = json.loads((running.folder / "run/status.json").read_text())
         assert status["state"] == "finished"
         assert all(own["received"] > 0 for own in status["sites"].values())
-    for name in ("strangers.train.jsonl", "strangers.test.jsonl"):
-        (dealt / name).unlink()
 
 
 WRONG_CLOCK = """
