@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 WORKERS ?= 2
 
-.PHONY: demo test test-slow test-processes docs-check fuzz interop demo-seeds reconstruct federate memory simulate scale roofline reconstruct-speed attacks deploy load check format lint types layers clean
+.PHONY: demo test test-slow test-processes docs-check fuzz interop release demo-seeds reconstruct federate memory simulate scale roofline reconstruct-speed attacks deploy load check format lint types layers clean
 
 demo: $(STAMP)
 	$(BIN)/pomona demo
@@ -63,6 +63,10 @@ roofline: $(STAMP)
 
 reconstruct-speed: $(STAMP)
 	$(BIN)/python benchmarks/reconstruct_speed.py
+
+release: $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[release]'
+	$(BIN)/python scripts/release.py $(RELEASE_ARGS)
 
 demo-seeds: $(STAMP)
 	$(BIN)/python benchmarks/demo.py
