@@ -27,7 +27,7 @@ docs-check: $(STAMP)
 
 fuzz: export POMONA_FUZZ ?= 20000
 fuzz: $(STAMP)
-	$(BIN)/pytest tests/flower/test_fuzz.py $(PYTEST_ARGS)
+	$(BIN)/pytest tests/flower/test_fuzz.py tests/flower/test_fuzz_sums.py $(PYTEST_ARGS)
 
 interop: $(STAMP)
 	$(BIN)/python scripts/fetch_llama_cpp.py

@@ -50,7 +50,16 @@ def main(dist: Path, audits: bool) -> None:
             kept = Path(folder) / "installed.txt"
             frozen = [python, "-m", "pip", "freeze", "--exclude", "pomona"]
             kept.write_bytes(subprocess.run(frozen, check=True, stdout=subprocess.PIPE).stdout)
-            run(sys.executable, "-m", "pip_audit", "--strict", "--no-deps", "--disable-pip", "-r", kept)
+            run(
+                sys.executable,
+                "-m",
+                "pip_audit",
+                "--strict",
+                "--no-deps",
+                "--disable-pip",
+                "-r",
+                kept,
+            )
 
 
 if __name__ == "__main__":
