@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 WORKERS ?= 2
 
-.PHONY: demo test test-slow test-processes docs docs-check fuzz interop demo-seeds reconstruct federate memory simulate scale roofline reconstruct-speed attacks deploy load check format lint types layers clean
+.PHONY: demo test test-slow test-processes docs docs-check fuzz interop release demo-seeds reconstruct federate memory simulate scale roofline reconstruct-speed attacks deploy load check format lint types layers clean
 
 demo: $(STAMP)
 	$(BIN)/pomona demo
@@ -36,7 +36,7 @@ docs-check: $(STAMP)
 
 fuzz: export POMONA_FUZZ ?= 20000
 fuzz: $(STAMP)
-	$(BIN)/pytest tests/flower/test_fuzz.py $(PYTEST_ARGS)
+	$(BIN)/pytest tests/flower/test_fuzz.py tests/flower/test_fuzz_sums.py $(PYTEST_ARGS)
 
 interop: $(STAMP)
 	$(BIN)/python scripts/fetch_llama_cpp.py
@@ -72,6 +72,10 @@ roofline: $(STAMP)
 
 reconstruct-speed: $(STAMP)
 	$(BIN)/python benchmarks/reconstruct_speed.py
+
+release: $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[release]'
+	$(BIN)/python scripts/release.py $(RELEASE_ARGS)
 
 demo-seeds: $(STAMP)
 	$(BIN)/python benchmarks/demo.py

@@ -1,12 +1,10 @@
 """What we write is what others read: plain transformers, llama.cpp's converter, names on disk."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +17,6 @@ from pomona.models.loading import load_model
 from pomona.pipelines.reconstruct import ReconstructSettings, reconstruct
 from pomona.reconstruction.planners import TopChannels
 
-CONVERTER = Path(__file__).resolve().parents[2] / "build" / "llama.cpp"
 DOMAINS = {name: [word_text(i * 50 + j, 40) for j in range(20)] for i, name in enumerate("abcd")}
 SMALL = {"windows": 8, "length": 32, "affinity_windows": 4}
 SHARED = {"active": 1, "keep": 0.25, "planner": TopChannels(shared=0.25)}
@@ -32,13 +29,6 @@ CASES = {
     "Qwen3-MoE of Qwen3": ("Qwen3", {"head_dim": 8}, {}),
     "pruned Llama": ("Llama", {}, {"experts": 1, "active": 1}),
 }
-# The converter knows a byte-pair tokenizer by what it makes of a text, and the tests' own by no means.
-RUN = f"""
-import runpy
-from conversion.base import TextModel
-TextModel.get_vocab_base_pre = lambda self, tokenizer: "qwen2"
-runpy.run_path({str(CONVERTER / "convert_hf_to_gguf.py")!r}, run_name="__main__")
-"""
 
 
 @pytest.fixture(scope="module")
@@ -103,17 +93,6 @@ def test_a_process_without_pomona_gives_the_same_logits(containers, logits_elsew
 
 
 @pytest.fixture(scope="module")
-def gguf_reader():
-    if not CONVERTER.is_dir():
-        pytest.skip("llama.cpp's converter is not here; `make interop` fetches it")
-    sys.path.insert(0, str(CONVERTER / "gguf-py"))
-    from gguf import GGUFReader
-
-    yield GGUFReader
-    sys.path.remove(str(CONVERTER / "gguf-py"))
-
-
-@pytest.fixture(scope="module")
 def sentencepiece_model(tmp_path_factory) -> bytes:
     """A tokenizer as Llama's first ones, which llama.cpp's Llama classes look for."""
     import sentencepiece
@@ -129,22 +108,12 @@ def sentencepiece_model(tmp_path_factory) -> bytes:
 
 
 @pytest.mark.interop
-def test_the_converter_takes_every_weight(gguf_reader, sentencepiece_model, made, tmp_path):
+def test_the_converter_takes_every_weight(gguf_of, sentencepiece_model, made, tmp_path):
     out, kind, experts = made
     if not kind.startswith("Qwen"):
         (out / "tokenizer.json").unlink()
         (out / "tokenizer.model").write_bytes(sentencepiece_model)
-    target = tmp_path / "model.gguf"
-    command = [sys.executable, "-c", RUN, out, "--outfile", target, "--outtype", "f32"]
-    done = subprocess.run(
-        [*map(str, command)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"PYTHONPATH": f"{CONVERTER / 'gguf-py'}:{CONVERTER}"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = {tensor.name: np.array(tensor.data) for tensor in gguf_reader(target).tensors}
+    found = gguf_of(out, tmp_path / "model.gguf")
     weights = load_file(out / "model.safetensors")
     expected = ffn_weights(weights, experts)
     assert len(expected) >= 6

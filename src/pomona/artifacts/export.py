@@ -18,7 +18,7 @@ from pomona.errors import PomonaError
 from pomona.federation.merged import GatedExpert, concatenated, grown_experts, merge_lora
 from pomona.files import atomic_folder, write_text
 from pomona.models.loading import Dtype, checkpoint_folder
-from pomona.models.weights import Checkpoint
+from pomona.models.weights import Checkpoint, save_model
 
 CODE = "modeling_personal.py"
 Kind = Literal["stock", "qwen2-moe", "code"]
@@ -64,7 +64,7 @@ def export_personal(
     wanted = Checkpoint.open(folder).dtype() if dtype == "auto" else getattr(torch, dtype)
     model.to(dtype=wanted)  # pyright: ignore[reportCallIssue] - typed as a module's
     with atomic_folder(out) as partial:
-        model.save_pretrained(partial)
+        save_model(model, partial)
         copy_tokenizer(folder, partial)
         if kind == "code":
             write_text(partial / CODE, _code(type(base.model).__name__))

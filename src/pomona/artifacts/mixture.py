@@ -14,7 +14,8 @@ from pomona.artifacts.model_card import mixture_card
 from pomona.artifacts.reconstruction_records import write_records
 from pomona.files import atomic_folder, write_json, write_text
 from pomona.models.dense import container_of, dense_family
-from pomona.models.weights import Checkpoint, write_sharded
+from pomona.models.loading import checkpoint_folder
+from pomona.models.weights import Checkpoint, save_model, write_sharded
 from pomona.reconstruction.affinity import DomainAffinity
 from pomona.reconstruction.assemble import mixture_tensors
 from pomona.reconstruction.cluster import Clusters
@@ -75,7 +76,7 @@ def write_mixture(
             sum(prod(checkpoint.shape(name)) for name in checkpoint.files),
         )
         write_records(partial / "reconstruction", made, settings)
-        write_text(partial / "README.md", mixture_card(model, made, settings))
+        write_text(partial / "README.md", mixture_card(model, checkpoint.folder, made, settings))
     return made
 
 
@@ -90,10 +91,11 @@ def write_retrained(
 ) -> None:
     """Write a retrained mixture; tokenizer and records are those of the folder it was before."""
     with atomic_folder(out) as partial:
-        student.save_pretrained(partial)
+        save_model(student, partial)
         _copy_all((*_TOKENIZER_FILES, "reconstruction"), mixture, partial)
         write_json(partial / "reconstruction" / "retraining.json", {"losses": list(losses)})
-        write_text(partial / "README.md", mixture_card(model, made, settings))
+        card = mixture_card(model, checkpoint_folder(model), made, settings)
+        write_text(partial / "README.md", card)
 
 
 class _Passing:

@@ -1,25 +1,46 @@
 """Model cards of what Pomona writes."""
 
+from pathlib import Path
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
 from pomona.reconstruction.result import Reconstruction
 from pomona.reconstruction.settings import ReconstructSettings
 
 
-def mixture_card(model: str, made: Reconstruction, settings: ReconstructSettings) -> str:
-    """Return the README.md of a reconstructed checkpoint."""
+def card_head(model: str, folder: Path, *tags: str) -> str:
+    """Return what a model card begins with for the Hub: base `model` and its licence, if `folder` names one."""
+    told = ModelCardData(
+        base_model=model,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=[*tags, "pomona"],
+        license=_licence(folder / "README.md"),
+    )
+    return f"---\n{told.to_yaml()}\n---\n"
+
+
+def _licence(card: Path) -> str | None:
+    if not card.is_file():
+        return None
+    try:
+        return ModelCard.load(card, ignore_metadata_errors=True).data.license
+    except (ValueError, OSError, yaml.YAMLError):  # somebody else's, and not ours to mend
+        return None
+
+
+def mixture_card(
+    model: str, folder: Path, made: Reconstruction, settings: ReconstructSettings
+) -> str:
+    """Return the README.md of a checkpoint reconstructed from `model`, which lies in `folder`."""
     layers, experts, width = made.plan.keep_LEW.shape
-    what = f"A mixture of {experts} experts from {model}"
-    tags = "mixture-of-experts, pomona"
+    what, tag = f"A mixture of {experts} experts from {model}", "mixture-of-experts"
     if experts == 1:
-        what, tags = f"{model}, pruned", "pruned, pomona"
+        what, tag = f"{model}, pruned", "pruned"
     shared = f", {made.sizes.shared} more shared by all" if made.sizes.shared else ""
     groups = "\n".join(f"| {e} | {', '.join(g)} |" for e, g in enumerate(made.plan.groups))
-    return f"""---
-base_model: {model}
-library_name: transformers
-pipeline_tag: text-generation
-tags: [{tags}]
----
-# {what}
+    return f"""{card_head(model, folder, tag)}# {what}
 
 Made by pruning the feed-forward layers of the dense base model once per group of domains and
 assembling what is left as experts with a router (method: DIVE, arXiv 2506.09351). A stock checkpoint

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pomona.artifacts.finished import FinishedRun, load_run
+from pomona.artifacts.model_card import card_head
 from pomona.artifacts.origin import read_origin
 from pomona.artifacts.personal import PersonalModel
 from pomona.models.loading import checkpoint_folder
@@ -16,14 +17,12 @@ def personal_card(
     personal: PersonalModel, run: Path | None = None, client: str | None = None, merged: bool = True
 ) -> str:
     """Return the README.md of an exported personal model; figures are those of a finished run, if given."""
-    licence = _licence(checkpoint_folder(personal.source))
-    head = ["---", f"base_model: {personal.source}", "library_name: transformers"]
-    head += ["pipeline_tag: text-generation", "tags: [mixture-of-experts, federated, pomona]"]
-    head += [f"license: {licence}"] if licence else []
+    source = personal.source
+    head = card_head(source, checkpoint_folder(source), "mixture-of-experts", "federated")
     whose = f"Personal model of {client}" if client else "Personal model"
     parts = ", ".join(_told(path) for path in personal.parts) or "nothing: it is the base itself"
-    lines = [*head, "---", f"# {whose}", "", f"{personal.source} with {parts}"]
-    lines += [". LoRA is merged." if merged else ". LoRA lies beside, as PEFT folders."]
+    lora = "LoRA is merged" if merged else "LoRA lies beside, as PEFT folders"
+    lines = [f"{head}# {whose}", "", f"{source} with {parts}. {lora}."]
     lines += ["The base model's licence and limits apply.", ""]
     if run is not None and client is not None:
         lines += _of_run(load_run(run), client)
@@ -86,20 +85,3 @@ def _epsilon(metrics: Sequence[Mapping[str, Any]], client: str) -> str:
             last = lines[-1]
             told.append(f"ε = {last['epsilon']:.4g} {of} at δ = {last['delta']:g}")
     return ", ".join(told)
-
-
-def _licence(folder: Path) -> str:
-    """Return the licence that a base model's card names, empty where it names none."""
-    card = folder / "README.md"
-    if not card.is_file():
-        return ""
-    lines = card.read_text("utf-8", errors="replace").splitlines()
-    if lines[:1] != ["---"]:
-        return ""
-    for line in lines[1:]:
-        if line == "---":
-            break
-        key, _, value = line.partition(":")
-        if key in ("license", "licence"):
-            return value.strip()
-    return ""

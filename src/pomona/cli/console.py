@@ -17,7 +17,7 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
-from pomona.progress import Progress
+from pomona.progress import NONE, Figures, Progress
 
 # Paths are printed as they are: never broken over lines, "[" in them is no markup.
 console = Console(highlight=False, markup=False, soft_wrap=True)
@@ -25,7 +25,7 @@ console = Console(highlight=False, markup=False, soft_wrap=True)
 
 @contextmanager
 def progress_bars() -> Generator[Progress]:
-    """Yield `progress(stage, done, total)`, drawing one bar per stage.
+    """Yield `progress(stage, done, total)`, drawing one bar per stage, with the last figures beside it.
 
     Away from a terminal a stage writes a plain line when it starts and at every tenth of its way.
     A stage that came to its end without saying so is shown complete, unless an error ended it.
@@ -72,10 +72,11 @@ class _Bars:
     def __exit__(self, *_error: object) -> None:
         self.drawn.stop()
 
-    def progress(self, stage: str, done: int, total: int) -> None:
+    def progress(self, stage: str, done: int, total: int, figures: Figures = NONE, /) -> None:
         if stage not in self.stages:
-            self.stages[stage] = self.drawn.add_task(stage, total=total)
-        self.drawn.update(self.stages[stage], completed=done, total=total)
+            self.stages[stage] = self.drawn.add_task(stage, total=total, figures="")
+        shown = {"figures": _shown(figures)} if figures else {}
+        self.drawn.update(self.stages[stage], completed=done, total=total, **shown)
 
     def complete(self) -> None:
         for task in self.drawn.tasks:
@@ -94,10 +95,11 @@ class _Lines:
     def __exit__(self, *_error: object) -> None:
         pass
 
-    def progress(self, stage: str, done: int, total: int) -> None:
+    def progress(self, stage: str, done: int, total: int, figures: Figures = NONE, /) -> None:
         tenth = 10 * done // max(total, 1)
         if stage not in self.shown or tenth > self.shown[stage][0]:
-            console.print(f"{stage} {done}/{total}")
+            told = f": {_shown(figures)}" if figures else ""
+            console.print(f"{stage} {done}/{total}{told}")
             self.shown[stage] = (tenth, done, total)
 
     def complete(self) -> None:
@@ -113,8 +115,16 @@ def _bars() -> _Bars:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}", markup=False),
     )
     return _Bars(RichProgress(*columns, console=console))
+
+
+def _shown(figures: Figures) -> str:
+    """Return the figures that one watches; trackers are told all of them."""
+    forms = {"loss": "loss {:.3f}", "tokens_per_second": "{:,.0f} tokens/s"}
+    forms["memory_gib"] = "{:.1f} GiB"
+    return ", ".join(form.format(figures[name]) for name, form in forms.items() if name in figures)
 
 
 def quiet_libraries() -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pomona.cli.options import Changes
+from pomona.cli.options import Changes, JsonLines, Quiet, Trackers
 from pomona.errors import PomonaError
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML file of the federation.")]
@@ -44,6 +44,9 @@ def federate(
     dry_run: DryRun = False,
     tflops: Rate = None,
     device: Devices = "auto",
+    log: Trackers = None,
+    quiet: Quiet = False,
+    json: JsonLines = False,
 ) -> None:
     """Tune a model across clients that share a small adapter and no rows.
 
@@ -54,11 +57,14 @@ def federate(
     """
     _check_options(out, dry_run, tflops)
     from pomona.artifacts.run import RunDirectory
-    from pomona.cli.console import console, print_comparison, progress_bars
+    from pomona.artifacts.tracking import tracked
+    from pomona.cli.console import console
+    from pomona.cli.screen import Screen
     from pomona.federation.settings import FederateSettings
     from pomona.pipelines.federate import federate as run_federation
-    from pomona.recipe import dump, read_recipe
+    from pomona.recipe import dump, read_recipe, table_of
 
+    screen = Screen(quiet, json)
     absolute = str(Path(model).resolve()) if model and Path(model).exists() else model
     settings = read_recipe(
         recipe, FederateSettings, {"model": absolute, "seed": seed}, changes or ()
@@ -71,10 +77,14 @@ def federate(
         return
     assert out is not None
     about = {"command": ["pomona", *sys.argv[1:]], "method": settings.name, "seed": settings.seed}
-    with RunDirectory.open(out, dump(settings), about) as run, progress_bars() as progress:
-        run_federation(settings, run, progress, console.print, device)
-    print_comparison([out])
-    console.print(f"results in {out}; as a page: pomona report {out} --out report.html")
+    with (
+        RunDirectory.open(out, dump(settings), about) as run,
+        tracked(log or (), out, table_of(settings), screen.tell) as tracker,
+        screen.progress(tracker) as progress,
+    ):
+        run_federation(settings, run, progress, screen.tell, device)
+    screen.finished([out])
+    screen.tell(f"results in {out}; as a page: pomona report {out} --out report.html")
 
 
 def _check_options(out: Path | None, dry_run: bool, tflops: float | None) -> None:

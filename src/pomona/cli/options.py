@@ -33,3 +33,15 @@ Changes = Annotated[
         help="Change a key of the recipe, as local.steps=10; repeat it.",
     ),
 ]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
+JsonLines = Annotated[
+    bool, typer.Option("--json", help="Print progress and results as lines of JSON.")
+]
+Trackers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--log",
+        metavar="TRACKER",
+        help="Tell figures to tensorboard, wandb or trackio, too; repeat it.",
+    ),
+]

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pomona.cli.options import Changes, Device
+from pomona.cli.options import Changes, Device, JsonLines, Quiet, Trackers
 
 Model = Annotated[
     str | None, typer.Argument(metavar="MODEL", help="Dense checkpoint: folder or Hub id.")
@@ -84,6 +84,9 @@ def reconstruct(
     offload: Offload = False,
     layers_at_once: AtOnce = None,
     dry_run: DryRun = False,
+    log: Trackers = None,
+    quiet: Quiet = False,
+    json: JsonLines = False,
 ) -> None:
     """Turn a dense model into a stock mixture of experts.
 
@@ -91,10 +94,13 @@ def reconstruct(
     per group, makes the pruned FFNs experts with a fitted router, and retrains them if asked.
     OUT opens with plain transformers.
     """
-    from pomona.cli.console import console, progress_bars
+    from pomona.artifacts.tracking import tracked
+    from pomona.cli.console import console
+    from pomona.cli.screen import Screen
     from pomona.models.placement import Placement
     from pomona.pipelines.reconstruct import preview
     from pomona.pipelines.reconstruct import reconstruct as run_reconstruct
+    from pomona.recipe import table_of
     from pomona.recipe.reconstruct import read_reconstruct_recipe
 
     given: dict[str, object] = {
@@ -105,12 +111,18 @@ def reconstruct(
     }
     given |= {"keep": keep, "split_domains": split_domains, "retrain": retrain, "text": text}
     source = read_reconstruct_recipe(recipe, {**given, "seed": seed}, changes or ())
+    screen = Screen(quiet, json)
     placement = Placement(device, offload, layers_at_once)
     texts = source.load_domains()
     if dry_run:
         console.print(str(preview(source.model, list(texts), source.settings, placement)))
         return
-    with progress_bars() as progress:
+    folder = out.with_name(f"{out.name}.log")
+    told = {"model": source.model, **table_of(source.settings)}
+    with (
+        tracked(log or (), folder, told, screen.tell) as tracker,
+        screen.progress(tracker) as progress,
+    ):
         made = run_reconstruct(
             source.model,
             texts,
@@ -121,5 +133,5 @@ def reconstruct(
             placement,
         )
     for line in (str(made), *source.settings.remarks(len(texts))):
-        console.print(line)
-    console.print(f"{out} opens with AutoModelForCausalLM.from_pretrained")
+        screen.tell(line)
+    screen.tell(f"{out} opens with AutoModelForCausalLM.from_pretrained")

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from pomona.cli.join import check_security
-from pomona.cli.options import Changes
+from pomona.cli.options import Changes, Trackers
 from pomona.errors import PomonaError
 
 _M_MMAP_THRESHOLD = -3  # of malloc.h
@@ -76,6 +76,7 @@ def serve(
     changes: Changes = None,
     device: Device = "auto",
     insecure: Insecure = False,
+    track: Trackers = None,
 ) -> None:
     """Coordinate a federation of sites (pomona join): a simulation's recipe, with everybody's rows at home.
 
@@ -86,7 +87,8 @@ def serve(
     _give_back_what_is_freed()
     from pomona.artifacts.inputs import inputs_of
     from pomona.artifacts.run import RunDirectory
-    from pomona.cli.console import print_comparison, progress_bars
+    from pomona.artifacts.tracking import tracked
+    from pomona.cli.console import console, print_comparison, progress_bars
     from pomona.cli.log import Log
     from pomona.federation.settings import FederateSettings
     from pomona.flower.keys import coordinator_keys
@@ -95,7 +97,8 @@ def serve(
     from pomona.pipelines.federate.asking import Patience
     from pomona.pipelines.federate.coordinate import coordinate
     from pomona.pipelines.federate.policy import model_digest, recipe_digest
-    from pomona.recipe import dump, read_recipe
+    from pomona.progress import to_all
+    from pomona.recipe import dump, read_recipe, table_of
     from pomona.recipe.remote import for_sites
 
     absolute = str(Path(model).resolve()) if model and Path(model).exists() else model
@@ -113,7 +116,12 @@ def serve(
         "federation": token_hex(8),
     }
     signal.signal(signal.SIGTERM, _interrupt)
-    with RunDirectory.open(out, dump(settings), about) as run, progress_bars() as progress:
+    with (
+        RunDirectory.open(out, dump(settings), about) as run,
+        tracked(track or (), out, table_of(settings), console.print) as tracker,
+        progress_bars() as bars,
+    ):
+        progress = to_all(bars, tracker)
         log = Log(out / "serve.log")
         digest = model_digest(inputs_of(settings.model, {}).model)
         log.tell(f"recipe {recipe_digest(text)}, base model {digest}")

@@ -4,13 +4,14 @@ The base is frozen and the clients' parameters are disjoint, so the gradient of 
 each client's own. A real site is a cohort of one and runs the same code.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil, inf
 from typing import Literal
 
 from torch import Tensor
 
+from pomona.data.examples import Example
 from pomona.errors import PomonaError
 from pomona.federation.cohort import FrozenBase
 from pomona.federation.dp_sgd import DPSGD, RowNoise, steps_of, with_steps
@@ -91,11 +92,15 @@ class LocalTraining:
 
 @dataclass(frozen=True)
 class Trained:
-    """A client after a round: its state, nats per answer token at every step, what it reports."""
+    """A client after a round: its state, nats per answer token at every step, what it reports.
+
+    `tokens` are those of its rows that went through the model.
+    """
 
     state: ClientState
     losses: list[float]
     report: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor], repr=False)
+    tokens: int = 0
 
 
 def train_cohort(
@@ -150,9 +155,17 @@ def train_cohort(
             states[c] = state
             losses[c] += own
             gradients[c] = {n: gradients[c].get(n, 0) + g for n, g in gradient.items()}
-    return [
+    finished = [
         _finished(strategy, training, states[c], losses[c], gradients[c]) for c in range(len(tasks))
     ]
+    return [
+        replace(own, tokens=_tokens(task.examples, drawn[c]))
+        for c, (task, own) in enumerate(zip(tasks, finished, strict=True))
+    ]
+
+
+def _tokens(examples: Sequence[Example], drawn: Iterable[Iterable[int]]) -> int:
+    return sum(len(examples[row].input_ids) for step in drawn for row in step)
 
 
 def _drawn(

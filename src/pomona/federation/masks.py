@@ -115,7 +115,7 @@ class Masks:
         key = _key(_exchanged(self._seals, keys.seals), f"seal {self.session}")
         try:
             both = AESGCM(key).decrypt(sealed[:_NONCE], sealed[_NONCE:], told)
-        except InvalidTag as error:
+        except (InvalidTag, ValueError) as error:
             raise PomonaError(
                 f'the shares of "{name}" were not sealed by it for this site'
             ) from error

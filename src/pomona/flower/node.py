@@ -35,6 +35,7 @@ from flwr.proto.message_pb2 import (
     PushObjectRequest,
 )
 from flwr.proto.node_pb2 import Node as NodeId
+from flwr.supercore.constant import MAX_TIMESTAMP_DIFF_SECONDS, MIN_TIMESTAMP_DIFF_SECONDS
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
@@ -55,6 +56,7 @@ from pomona.progress import Tell
 _POLL, _SLOWEST_POLL = 0.05, 0.5
 _AGAIN = 2.0
 _BEAT = float(HEARTBEAT_MIN_INTERVAL)
+_DATE = 1.0  # seconds by which an HTTP date may be off
 
 
 @dataclass
@@ -102,11 +104,11 @@ class Node:
         """Tell clocks that differ from a key that is not known, by the coordinator's own clock."""
         date = response.headers.get("date")
         if date is not None:
-            apart = abs((parsedate_to_datetime(date) - datetime.now(UTC)).total_seconds())
-            if apart > 30:
+            ahead = (datetime.now(UTC) - parsedate_to_datetime(date)).total_seconds()
+            if not -MAX_TIMESTAMP_DIFF_SECONDS < ahead < -MIN_TIMESTAMP_DIFF_SECONDS - _DATE:
                 return (
-                    f"the clocks of this site and of {self.coordinator} are {apart:.0f} seconds apart, so that "
-                    "signatures are refused; set them right (NTP)"
+                    f"the clocks of this site and of {self.coordinator} are {abs(ahead):.0f} seconds apart, so "
+                    "that signatures are refused; set them right (NTP)"
                 )
         return (
             f"{self.coordinator} does not know this site's key; have its public key put among those of the "

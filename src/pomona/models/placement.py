@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
+import psutil
 import torch
 from accelerate import dispatch_model
 from accelerate.utils import set_module_tensor_to_device
@@ -86,6 +87,14 @@ def find_devices(name: str) -> tuple[torch.device, ...]:
 def device_of(model: nn.Module) -> torch.device:
     """Return where a model wants its input: the device of its token embeddings."""
     return cast(Tensor, cast(PreTrainedModel, model).get_input_embeddings().weight).device
+
+
+def memory_gib() -> float:
+    """Return what this process holds on its GPUs, at its most; without one, what of it is in memory now."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        devices = range(torch.cuda.device_count())
+        return sum(torch.cuda.max_memory_allocated(device) for device in devices) / 2**30
+    return psutil.Process().memory_info().rss / 2**30
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from pomona.errors import PomonaError
 from pomona.files import atomic_file, damaged, follow_umask, read_object, write_json
@@ -203,3 +204,13 @@ def _opened(path: Path) -> Any:
         return safe_open(str(path), framework="pt")
     except SafetensorError as error:
         raise damaged(path, error) from error
+
+
+def save_model(model: PreTrainedModel, folder: Path) -> None:
+    """Write a model's weights and configuration, readable by whom the user's umask says."""
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:
+        raise OSError(None, str(error)) from error
+    for path in folder.glob("*.safetensors"):
+        follow_umask(path)

@@ -18,7 +18,8 @@ class Answer:
     """What came of one client's training in a round.
 
     `update` is what it sends, None if nothing; `private` what it keeps, where that is kept here; `losses`
-    are nats per answer token at every step, `epsilon` what its noised steps have cost its rows so far.
+    are nats per answer token at every step, `epsilon` what its noised steps have cost its rows so far,
+    `tokens` how many it trained on, 0 where that is not told.
     """
 
     client: str
@@ -26,6 +27,7 @@ class Answer:
     update: Update | None = None
     private: ClientState | None = field(default=None, repr=False)
     epsilon: float | None = None
+    tokens: int = 0
 
 
 @runtime_checkable

@@ -85,7 +85,7 @@ class InProcess:
                 update, memory = to_wire(settings, began, update, private.memory, before)
                 private = replace(private, memory=memory)
             epsilon = _epsilon(training, rows, private)
-            yield Answer(name, trained.losses, update, private, epsilon)
+            yield Answer(name, trained.losses, update, private, epsilon, trained.tokens)
 
     def evaluate(
         self,

@@ -1,7 +1,7 @@
 """The rounds: sample → train → protect → aggregate → evaluate → commit, wherever the clients are."""
 
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any
@@ -18,13 +18,14 @@ from pomona.federation.strategies import Corrects, ServerState, Strategy, frozen
 from pomona.federation.update import ClientState, Update, within
 from pomona.pipelines.federate.early_stop import stopped
 from pomona.pipelines.federate.engine import Answer, Engine
+from pomona.pipelines.federate.figures import round_figures
 
 
 def through_rounds(engine: Engine, snapshot: Snapshot) -> Snapshot:
     """Go from a snapshot to the last round, those of `finish` included."""
     settings = engine.settings
+    engine.progress("rounds", snapshot.round, settings.last_round)
     for round_ in _remaining(engine, snapshot):
-        engine.progress("rounds", round_ - 1, settings.last_round)
         step = train_round if round_ <= settings.rounds else finishing_round
         snapshot = step(engine, snapshot, round_)
     engine.progress("rounds", settings.last_round, settings.last_round)
@@ -56,7 +57,7 @@ def train_round(engine: Engine, snapshot: Snapshot, round_: int) -> Snapshot:
         *_spent_on_updates(engine, round_),
         *_spent_on_rows(engine, settings.local.dp_sgd, noted, round_),
     ]
-    return _committed(engine, snapshot, round_, server, noted.private, metrics, began)
+    return _committed(engine, snapshot, round_, server, noted, metrics, began)
 
 
 def finishing_round(engine: Engine, snapshot: Snapshot, round_: int) -> Snapshot:
@@ -71,10 +72,10 @@ def finishing_round(engine: Engine, snapshot: Snapshot, round_: int) -> Snapshot
     if round_ == settings.rounds + 1:
         metrics += _communication_of_newcomers(engine, snapshot.server, names, round_)
     metrics += _spent_on_rows(engine, finish.training.dp_sgd, noted, round_)
-    return _committed(engine, snapshot, round_, snapshot.server, noted.private, metrics, began)
+    return _committed(engine, snapshot, round_, snapshot.server, noted, metrics, began)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Noted:
     """What is kept of a round's answers, whose updates go on to the strategy one by one."""
 
@@ -82,11 +83,13 @@ class _Noted:
     private: dict[str, ClientState] = field(default_factory=dict[str, ClientState])
     received: dict[str, int] = field(default_factory=dict[str, int])
     epsilon: dict[str, float] = field(default_factory=dict[str, float])
+    tokens: int = 0
 
     def updates(self, answers: Iterable[Answer]) -> Iterator[Update]:
         """Yield the updates of answers as they come, and note the rest of them."""
         for answer in answers:
             self.losses[answer.client] = answer.losses
+            self.tokens += answer.tokens
             if answer.private is not None:
                 self.private[answer.client] = answer.private
             if answer.epsilon is not None:
@@ -112,12 +115,12 @@ def _committed(
     snapshot: Snapshot,
     round_: int,
     server: ServerState,
-    private: Mapping[str, ClientState],
+    noted: "_Noted",
     metrics: list[dict[str, Any]],
     began: float,
 ) -> Snapshot:
     """Evaluate when it is time and make the round final; the last one is evaluated when all is over."""
-    settings, trained = engine.settings, monotonic() - began
+    settings, private, trained = engine.settings, noted.private, monotonic() - began
     metrics += engine.held_back(snapshot, private, server.shared, round_)
     enough = stopped(settings, engine.run, metrics)
     if enough and round_ < settings.rounds:
@@ -131,6 +134,8 @@ def _committed(
     engine.run.note_time(
         {"round": round_, "training": trained, "round_seconds": monotonic() - began}
     )
+    figures = round_figures(metrics, noted.tokens / trained)
+    engine.progress("rounds", round_, settings.last_round, figures)
     return committed
 
 

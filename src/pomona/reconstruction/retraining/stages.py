@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from pomona.errors import PomonaError
 from pomona.models.experts import ExpertSite, enable_checkpointing, freeze
+from pomona.models.placement import memory_gib
 from pomona.models.routing import routed_by
 from pomona.progress import Progress
 from pomona.reconstruction.retraining.objective import language_loss, router_loss
@@ -124,7 +125,8 @@ def _run(
             return (loss + router_loss(routed, settings.objective)).unsqueeze(0)
 
         def tell(moments: Moments, loss_C: PerClient) -> None:
-            progress(f"retraining {stage}", moments.step, steps)
+            figures = {"loss": float(loss_C), "memory_gib": memory_gib()}
+            progress(f"retraining {stage}", moments.step, steps, figures)
             after(StageState(stage, routers, parameters, moments), float(loss_C))
 
         try:
