@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from threading import Event
 from typing import Any, Self
 
 from pydantic_core import from_json
@@ -47,6 +48,7 @@ class RunDirectory:
     path: Path
     _lock: int = field(repr=False, compare=False)
     _before: frozenset[Path] | None = field(default=None, repr=False, compare=False)
+    _stays: Event = field(default_factory=Event, repr=False, compare=False)
 
     @classmethod
     def open(cls, path: Path, recipe: str, about: Mapping[str, Any]) -> Self:
@@ -85,13 +87,18 @@ class RunDirectory:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
-        if kind is not None and not self.checkpoint.begun and not self.finished:
+        begun = (self.path / _CHECKPOINT).exists() or self.finished or self._stays.is_set()
+        if kind is not None and not begun:
             self._forget()
         self.close()
 
     def close(self) -> None:
         """Let the folder go."""
         os.close(self._lock)
+
+    def stay(self) -> None:
+        """Have the folder stay though nothing is computed: others know by now which run this is."""
+        self._stays.set()
 
     def _forget(self) -> None:
         """Leave the folder as it was found."""

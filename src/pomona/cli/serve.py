@@ -1,6 +1,7 @@
 """`pomona serve`."""
 
 import ctypes
+import os
 import signal
 import sys
 import threading
@@ -16,6 +17,7 @@ from pomona.cli.join import check_security
 from pomona.cli.options import Changes, Trackers
 from pomona.errors import PomonaError
 
+_LAST_SECONDS = 20.0
 _M_MMAP_THRESHOLD = -3  # of malloc.h
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML file of the federation.")]
 Out = Annotated[Path, typer.Option("--out", metavar="RUN", help="Run folder, new or to go on.")]
@@ -127,7 +129,7 @@ def serve(
         log.tell(f"recipe {recipe_digest(text)}, base model {digest}")
         admitted = None if own is None else {name: own.sites[name] for name in names}
         link = Link(host, port, out / "messages", own and own.certificate, admitted)
-        with link:
+        with _ends_when_interrupted(), link:
             sites = FlowerSites(LinkPost(link), dict(link.names), own is not None, note=log.note)
             log.tell(f"listening on {host}:{port} for {', '.join(names)}")
             with _told(out, sites, names, log, link):
@@ -162,6 +164,18 @@ def _give_back_what_is_freed() -> None:
 
 def _interrupt(_number: int, _frame: object) -> None:
     raise KeyboardInterrupt
+
+
+@contextmanager
+def _ends_when_interrupted() -> Generator[None]:
+    """End the process for good a while after Ctrl-C, also when a thread that answers a site does not end."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        last = threading.Timer(_LAST_SECONDS, os._exit, [130])
+        last.daemon = True
+        last.start()
+        raise
 
 
 @contextmanager

@@ -71,6 +71,7 @@ def coordinate(
         sorted(names),
         Asking(sites, patience, hello, progress, tell),
     )
+    run.stay()  # sites that have been greeted go on in this federation and no other
     engine.asking.greet(engine.clients)
     return _finished(engine, through_rounds(engine, _started(engine, server_first)))
 
