@@ -1,6 +1,7 @@
 """Model cards: what the Hub reads of them, and that their figures are those of the run."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from conftest import ROOT
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 from pomona.artifacts.model_card import card_head
 from pomona.artifacts.run import RunDirectory
 from pomona.cli.app import app
+from pomona.models.lora import LoRA
 from pomona.pipelines.federate import federate
 from pomona.recipe import dump
 
@@ -48,3 +50,48 @@ def test_an_exported_client_has_the_figures_of_its_run(settings, tmp_path):
     modes = {oct(path.stat().st_mode & 0o777) for path in (tmp_path / "own").iterdir()}
     assert len(modes) == 1
     assert str(ROOT) not in text
+
+
+def test_a_run_and_a_client_stand_for_all_its_parts(settings, moe_dir, tmp_path, rows_dir):
+    both = replace(settings, personal=LoRA(2, 4.0))
+    with RunDirectory.open(tmp_path / "run", dump(both), {"method": "m", "seed": 0}) as run:
+        federate(both, run, device="cpu")
+    asked = [
+        str(moe_dir),
+        "--rows",
+        str(rows_dir / "test.jsonl"),
+        "--device",
+        "cpu",
+        "--limit",
+        "4",
+    ]
+    asked += ["--new-tokens", "4"]
+    own = tmp_path / "run/clients/pears"
+    folders = {
+        "adapter": tmp_path / "run/shared",
+        "graft": own / "graft",
+        "personal": own / "personal",
+    }
+    ways = {
+        "run": ["--run", str(tmp_path / "run"), "--client", "pears"],
+        "folders": [word for name, path in folders.items() for word in (f"--{name}", str(path))],
+        "forgetful": ["--adapter", str(folders["adapter"]), "--graft", str(folders["graft"])],
+    }
+    found = {}
+    for way, words in ways.items():
+        kept = tmp_path / f"{way}.json"
+        done = CliRunner().invoke(app, ["evaluate", *asked, *words, "--json", str(kept)])
+        assert done.exit_code == 0, done.output
+        found[way] = json.loads(kept.read_text())
+    assert found["run"] == found["folders"]
+    assert found["run"] != found["forgetful"]
+    for words, told in (
+        (["--run", str(tmp_path / "run")], "--run and --client go together"),
+        ([*ways["run"], "--graft", str(folders["graft"])], "--run has the parts"),
+        (
+            ["--run", str(tmp_path / "run"), "--client", "figs"],
+            'no client "figs"; there are apples',
+        ),
+    ):
+        done = CliRunner().invoke(app, ["evaluate", *asked, *words])
+        assert done.exit_code == 2 and told in " ".join(done.output.split())

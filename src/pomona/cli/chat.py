@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from pomona.cli.options import Adapter, Device, Graft, Model, Personal, TemplateName
+from pomona.cli.options import Adapter, Client, Device, Graft, Model, Personal, Run, TemplateName
+from pomona.cli.personal import personal_of
 
 System = Annotated[str, typer.Option("--system", help="What the assistant is told first.")]
 NewTokens = Annotated[int, typer.Option("--new-tokens", help="Longest answer.")]
@@ -18,6 +19,8 @@ Seed = Annotated[int, typer.Option("--seed", help="What answers are drawn from."
 
 def chat(
     model: Model,
+    run: Run = None,
+    client: Client = None,
     adapter: Adapter = None,
     graft: Graft = None,
     personal: Personal = None,
@@ -34,7 +37,6 @@ def chat(
     Every line is a turn; an empty one begins a new conversation, and the end of the input (Ctrl-D) ends it.
     What is piped in is answered line by line. Prompts have the form that the client's rows had.
     """
-    from pomona.artifacts.personal import PersonalModel
     from pomona.cli.console import console, quiet_libraries
     from pomona.errors import PomonaError
     from pomona.serving.answering import Answering
@@ -43,7 +45,7 @@ def chat(
 
     quiet_libraries()
     name = "model"
-    own = PersonalModel(model, adapter, graft, personal, device)
+    own = personal_of(model, run, client, adapter, graft, personal, device)
     served, tokenizer = load_served({name: own}, template, console.print)
     context, form = served[name].context, served[name].template
     if new_tokens >= context:

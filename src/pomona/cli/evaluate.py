@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from pomona.cli.options import Adapter, Device, Graft, Model, Personal, TemplateName
+from pomona.cli.options import Adapter, Client, Device, Graft, Model, Personal, Run, TemplateName
+from pomona.cli.personal import personal_of
 from pomona.errors import PomonaError
 
 Text = Annotated[
@@ -81,6 +82,8 @@ def evaluate(
     rows: Rows = None,
     tasks: Tasks = None,
     speed: MeasureSpeed = False,
+    run: Run = None,
+    client: Client = None,
     adapter: Adapter = None,
     graft: Graft = None,
     personal: Personal = None,
@@ -99,9 +102,9 @@ def evaluate(
 ) -> None:
     """Measure a model on text, on instruction rows, on tasks, or its speed.
 
-    MODEL is a folder or Hub id; with --adapter, --graft and --personal it is a client's personal model that
-    is measured. Of a folder of domains the held-out files are read, where there are any. --tasks needs
-    the extra: pip install 'pomona[eval]'.
+    MODEL is a folder or Hub id; with --run and --client, or --adapter, --graft and --personal, it is a client's
+    personal model that is measured. Of a folder of domains the held-out files are read, where there are any.
+    --tasks needs the extra: pip install 'pomona[eval]'.
     """
     asked = {"--text": text, "--rows": rows, "--tasks": tasks, "--speed": speed or None}
     _check_one(asked)
@@ -113,7 +116,6 @@ def evaluate(
     if len(lengths) > 1 and text is None:
         raise PomonaError("several lengths are for --text; give --length once")
 
-    from pomona.artifacts.personal import PersonalModel
     from pomona.cli import measures
     from pomona.cli.console import console, progress_bars
     from pomona.files import check_writable, write_json
@@ -122,7 +124,7 @@ def evaluate(
     for path in (json, None if figures is None else figures / "expert-load.svg"):
         if path is not None:
             check_writable(path)
-    whole = PersonalModel(model, adapter, graft, personal, device)
+    whole = personal_of(model, run, client, adapter, graft, personal, device)
     only = lengths[0] if lengths else None
     found: dict[str, Any]
     notes: list[str] = []
@@ -147,7 +149,7 @@ def evaluate(
         console.print(told)
     measures.show(model, shown)
     if json is not None:
-        parts = {"adapter": adapter, "graft": graft, "personal": personal}
+        parts = {"adapter": whole.adapter, "graft": whole.graft, "personal": whole.personal}
         worn = {name: str(folder) for name, folder in parts.items() if folder is not None}
         write_json(json, {"model": model, **worn, **found})
 

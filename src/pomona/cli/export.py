@@ -5,17 +5,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from pomona.cli.options import Adapter, Device, Graft, Model, Personal
+from pomona.cli.options import Adapter, Client, Device, Graft, Model, Personal, Run
+from pomona.cli.personal import personal_of
 from pomona.errors import PomonaError
 
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder for the checkpoint.")]
-Run = Annotated[
-    Path | None,
-    typer.Option("--run", metavar="RUN", help="A finished federation: the parts of --client."),
-]
-Client = Annotated[
-    str | None, typer.Option("--client", metavar="NAME", help="Whose personal model; with --run.")
-]
 Merge = Annotated[
     bool, typer.Option("--merge/--no-merge", help="Add LoRA to the weights, or put it beside.")
 ]
@@ -43,25 +37,13 @@ def export(
     stays as it is. Everything else keeps its family with a little code beside it (`trust_remote_code=True`).
     """
     from pomona.artifacts.export import export_personal
-    from pomona.artifacts.personal import PersonalModel, clients_of_run
     from pomona.artifacts.personal_card import personal_card
     from pomona.cli.console import console, quiet_libraries
 
     quiet_libraries()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PomonaError(f"{out} exists and is not empty; give a new folder")
-    if (run is None) != (client is None):
-        raise PomonaError("--run and --client go together; give both or neither")
-    own = PersonalModel(model, adapter, graft, personal, device)
-    if run is not None and client is not None:
-        if own.parts:
-            raise PomonaError(
-                "--run has the parts; leave --adapter, --graft and --personal out, or --run"
-            )
-        every = clients_of_run(run, own)
-        if client not in every:
-            raise PomonaError(f'{run} has no client "{client}"; there are {", ".join(every)}')
-        own = every[client]
+    own = personal_of(model, run, client, adapter, graft, personal, device)
     card = personal_card(own, run, client, merge)
     made = export_personal(own, out, merge, dtype, card)
     how = {

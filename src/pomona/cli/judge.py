@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from pomona.cli.options import Adapter, Device, Graft, Model, Personal, TemplateName
+from pomona.cli.options import Adapter, Client, Device, Graft, Model, Personal, Run, TemplateName
+from pomona.cli.personal import personal_of
 
 Prompts = Annotated[
     Path, typer.Option("--prompts", metavar="FILE", help="Prompts (.jsonl): turns, prompt or text.")
@@ -38,6 +39,8 @@ def judge(
     url: Url,
     judge_model: JudgeModel,
     key_variable: KeyVariable = "OPENAI_API_KEY",
+    run: Run = None,
+    client: Client = None,
     adapter: Adapter = None,
     graft: Graft = None,
     personal: Personal = None,
@@ -51,13 +54,12 @@ def judge(
 ) -> None:
     """Have open-ended answers scored for helpfulness and harmlessness.
 
-    MODEL is a folder or Hub id; with --adapter, --graft and --personal it is a client's personal model
+    MODEL is a folder or Hub id; with --run and --client it is a client's personal model
     that answers. Prompts and answers are sent to the endpoint you name and nowhere else. The key is read
     from the environment only, and never printed or written.
     """
     from dataclasses import asdict
 
-    from pomona.artifacts.personal import PersonalModel
     from pomona.cli.console import console, print_table, progress_bars
     from pomona.evaluation.judge import Judge
     from pomona.files import check_writable, write_json
@@ -66,7 +68,7 @@ def judge(
     if json is not None:
         check_writable(json)
     by = Judge(url, judge_model, key_variable, timeout, retries)
-    whole, notes = PersonalModel(model, adapter, graft, personal, device), list[str]()
+    whole, notes = personal_of(model, run, client, adapter, graft, personal, device), list[str]()
     with progress_bars() as progress:
         made = verb(whole, prompts, by, template, limit, new_tokens, progress, notes.append)
     for told in notes:
@@ -86,7 +88,7 @@ def judge(
     ]
     print_table(model, ["judged", "mean of 1 to 10", "95 %", "scores", "unparsable"], rows)
     if json is not None:
-        parts = {"adapter": adapter, "graft": graft, "personal": personal}
+        parts = {"adapter": whole.adapter, "graft": whole.graft, "personal": whole.personal}
         worn = {name: str(folder) for name, folder in parts.items() if folder is not None}
         about = {"model": model, **worn, "judge": judge_model, "url": url}
         write_json(json, {**about, **asdict(made)})

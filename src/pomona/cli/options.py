@@ -16,6 +16,13 @@ Personal = Annotated[
     Path | None,
     typer.Option("--personal", help="A client's private LoRA beside the adapter.", metavar="DIR"),
 ]
+Run = Annotated[
+    Path | None,
+    typer.Option("--run", metavar="RUN", help="A finished federation: the parts of --client."),
+]
+Client = Annotated[
+    str | None, typer.Option("--client", metavar="NAME", help="Whose personal model; with --run.")
+]
 TemplateName = Annotated[
     str | None,
     typer.Option(
