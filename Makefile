@@ -8,13 +8,13 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 WORKERS ?= 2
 
-.PHONY: demo test test-slow test-processes docs docs-check fuzz interop release demo-seeds reconstruct federate memory simulate scale roofline reconstruct-speed attacks deploy load check format lint types layers clean
+.PHONY: demo test test-slow test-processes docs docs-check fuzz browser interop release demo-seeds reconstruct federate memory simulate scale roofline reconstruct-speed attacks deploy load check format lint types layers clean
 
 demo: $(STAMP)
 	$(BIN)/pomona demo
 
 test: $(STAMP)
-	$(BIN)/pytest -n $(WORKERS) --dist loadscope -m "not slow and not processes and not interop and not docs" $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist loadscope -m "not slow and not processes and not interop and not docs and not browser" $(PYTEST_ARGS)
 
 test-slow: $(STAMP)
 	$(BIN)/pytest -m slow $(PYTEST_ARGS)
@@ -37,6 +37,12 @@ docs-check: $(STAMP)
 fuzz: export POMONA_FUZZ ?= 20000
 fuzz: $(STAMP)
 	$(BIN)/pytest tests/flower/test_fuzz.py tests/flower/test_fuzz_sums.py $(PYTEST_ARGS)
+
+# Debian: apt-get install chromium chromium-driver; elsewhere any Chromium with its driver on the PATH
+browser: $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[browser]'
+	npm install --silent --prefix build/axe axe-core@4.10.3
+	$(BIN)/pytest -m browser tests/browser $(PYTEST_ARGS)
 
 interop: $(STAMP)
 	$(BIN)/python scripts/fetch_llama_cpp.py

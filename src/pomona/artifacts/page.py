@@ -1,7 +1,12 @@
 """The pieces of a self-contained HTML page: text, tables, figures, no request to anywhere."""
 
+import csv
 import html
-from collections.abc import Sequence
+import io
+from collections.abc import Iterable, Mapping, Sequence
+
+Cells = Sequence[Sequence[object]]
+"""What a figure shows, as rows of a table; the first names the columns."""
 
 _STYLE = """
 :root{color-scheme:light dark;--ink:#1a202c;--soft:#4a5568;--line:#cbd5e0;--page:#fff;--plot:#fff}
@@ -15,7 +20,46 @@ th,td{padding:.3rem .7rem;border-bottom:1px solid var(--line);text-align:right;w
 th:first-child,td:first-child{text-align:left}figure{margin:1em 0}
 figure svg{max-width:100%;height:auto;background:var(--plot);border-radius:6px}
 code,pre{font-family:ui-monospace,monospace;font-size:.85rem;white-space:pre-wrap;overflow-wrap:anywhere}
-@media print{body{max-width:none}}
+.save button{font:inherit;font-size:.8rem;color:var(--soft);background:none;cursor:pointer;
+border:1px solid var(--line);border-radius:4px;margin-right:.5rem;padding:.1rem .6rem}
+@media print{body{max-width:none}.save{display:none}.scroll{overflow:visible}
+table{font-size:.7rem}th,td{white-space:normal;padding:.2rem .3rem}figure,tr{break-inside:avoid}}
+"""
+
+# Buttons that save what is on the page already: figures as SVG and what they show as CSV, tables as CSV.
+_SCRIPT = """
+"use strict";
+const quoted = cell => /[",\\n]/.test(cell) ? `"${cell.replaceAll('"', '""')}"` : cell;
+const lines = table => [...table.rows].map(
+  row => [...row.cells].map(cell => quoted(cell.textContent)).join(",") + "\\n").join("");
+const save = (name, type, body) => {
+  const link = document.createElement("a");
+  link.download = name;
+  link.href = URL.createObjectURL(new Blob([body], {type}));
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+};
+let part = "", count = 0;
+for (const one of document.querySelectorAll("h2, figure, .scroll")) {
+  if (one.tagName === "H2") {
+    part = one.textContent.toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/-$/, "");
+    count = 0;
+    continue;
+  }
+  const name = `${part}-${++count}`, bar = document.createElement("p");
+  const offer = (kind, type, body) => {
+    const button = document.createElement("button");
+    button.textContent = kind;
+    button.setAttribute("aria-label", `save ${name}.${kind.toLowerCase()}`);
+    button.onclick = () => save(`${name}.${kind.toLowerCase()}`, type, body());
+    bar.append(button);
+  };
+  const svg = one.querySelector("svg"), table = one.querySelector("table");
+  bar.className = "save";
+  if (svg) offer("SVG", "image/svg+xml", () => new XMLSerializer().serializeToString(svg));
+  if (svg || table) offer("CSV", "text/csv", () => svg ? one.dataset.csv : lines(table));
+  one.after(bar);
+}
 """
 
 
@@ -25,7 +69,7 @@ def document(title: str, sections: Sequence[str]) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{text(title)}</title><style>{_STYLE}</style></head><body>"
-        f"<h1>{text(title)}</h1>{''.join(sections)}</body></html>\n"
+        f"<main><h1>{text(title)}</h1>{''.join(sections)}</main><script>{_SCRIPT}</script></body></html>\n"
     )
 
 
@@ -41,16 +85,29 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         "<tr>" + "".join(f"<td>{text(cell)}</td>" for cell in row) + "</tr>" for row in rows
     )
     return (
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
+        '<div class="scroll" tabindex="0" role="group" aria-label="table">'
+        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
-def figure(svg: str, caption: str) -> str:
-    """Return an inline SVG with its caption, which is also what a screen reader says."""
+def figure(svg: str, caption: str, cells: Cells) -> str:
+    """Return an inline SVG with its caption, which is also what a screen reader says.
+
+    `cells` are the figures that it shows, to be saved as CSV.
+    """
     label = html.escape(caption, quote=True)
     named = svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
-    return f"<figure>{named}<figcaption>{text(caption)}</figcaption></figure>"
+    kept = io.StringIO()
+    csv.writer(kept, lineterminator="\n").writerows(cells)
+    data = html.escape(kept.getvalue(), quote=True)
+    return f'<figure data-csv="{data}">{named}<figcaption>{text(caption)}</figcaption></figure>'
+
+
+def matrix(
+    corner: str, rows: Mapping[str, Iterable[float]], columns: Sequence[object]
+) -> list[list[object]]:
+    """Return named rows of figures as cells."""
+    return [[corner, *columns], *([name, *values] for name, values in rows.items())]
 
 
 def note(told: str) -> str:

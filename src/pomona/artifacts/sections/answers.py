@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pomona.artifacts import figures
 from pomona.artifacts.finished import FinishedRun
 from pomona.artifacts.measures import MEASURES, Measure, measured
-from pomona.artifacts.page import figure, heading, note, number, span, table, text
+from pomona.artifacts.page import figure, heading, matrix, note, number, span, table, text
 from pomona.artifacts.table import (
     BASE,
     Difference,
@@ -58,7 +58,9 @@ def _plot(lines: Sequence[Line], how: Measure) -> str:
     """Draw the clients, but not twice: perplexity is the loss by another name."""
     if how.transform is not None:
         return note("From answers.jsonl.")
-    return figure(figures.per_client(lines, how.title), "Per client. From answers.jsonl.")
+    rows = {line.method: line.clients.values() for line in lines}
+    cells = matrix("method", rows, list(lines[0].clients))
+    return figure(figures.per_client(lines, how.title), "Per client. From answers.jsonl.", cells)
 
 
 def _lines(lines: Sequence[Line], digits: int) -> str:

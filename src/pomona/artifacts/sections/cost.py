@@ -108,7 +108,13 @@ def _by_round(run: FinishedRun) -> str:
         f"Messages of {run.method}, seed {run.seed}, by round: blank where a client was not in it, 0 where it "
         "sent nothing. From metrics.jsonl."
     )
-    return figure(plot, told)
+    head: list[object] = ["way", "client", *(f"round {m['round']}, kB" for m in lines)]
+    rows = [
+        [way, client, *("" if np.isnan(v) else v for v in own)]
+        for way, found in messages.items()
+        for client, own in zip(clients, found, strict=True)
+    ]
+    return figure(plot, told, [head, *rows])
 
 
 def _flops(runs: Sequence[FinishedRun]) -> str:

@@ -1,13 +1,13 @@
 """Which experts are used and grafted, how routing drifts from the base, how open gates are."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pomona.artifacts import curves, figures
 from pomona.artifacts.finished import FinishedRun
-from pomona.artifacts.page import figure, heading, note, number, table
+from pomona.artifacts.page import figure, heading, matrix, note, number, table
 from pomona.artifacts.rounds import (
     drift_by_client,
     drift_by_round,
@@ -16,6 +16,7 @@ from pomona.artifacts.rounds import (
     openness_by_round,
 )
 from pomona.artifacts.table import methods_of
+from pomona.evaluation.experts import ExpertLoad
 
 Rounds = Mapping[int, NDArray[np.float64]]
 
@@ -33,7 +34,7 @@ def experts(runs: Sequence[FinishedRun]) -> str:
             "rows: total variation, mean over clients and seeds. Thin: each MoE layer, the first dark. "
             "Thick: their mean. From metrics.jsonl."
         )
-        parts.append(figure(plot, told))
+        parts.append(figure(plot, told, _layers(drift)))
     entropy = {
         m: found for m, group in methods.items() if len(found := entropy_by_round(group)) > 1
     }
@@ -44,7 +45,7 @@ def experts(runs: Sequence[FinishedRun]) -> str:
             "over seeds; round 0 is the base. Thin: each MoE layer, the first dark. Thick: their mean. From "
             "metrics.jsonl."
         )
-        parts.append(figure(plot, told))
+        parts.append(figure(plot, told, _layers(entropy)))
     parts += [_load(group[0], "base") for group in list(groups.values())[:1]]
     parts += [_load(group[0], group[0].served) for group in groups.values()]
     parts += [_per_client(method, group) for method, group in groups.items()]
@@ -84,7 +85,8 @@ def _load(run: FinishedRun, model: str) -> str:
         [str(e) for e in range(len(load[0]))],
     )
     plot = figures.heat_map(load, layers, numbers, "share of assignments")
-    return figure(plot, f"Expert load, {_whose(run, model)}. From results.json.")
+    cells = matrix("layer", dict(zip(layers, load, strict=True)), numbers)
+    return figure(plot, f"Expert load, {_whose(run, model)}. From results.json.", cells)
 
 
 def _whose(run: FinishedRun, model: str) -> str:
@@ -97,15 +99,17 @@ def _per_client(method: str, group: Sequence[FinishedRun]) -> str:
     parts: list[str] = []
     if load := load_by_client(run, run.served):
         told = f"Expert load of each client's test rows, {_whose(run, run.served)}. From metrics.jsonl."
-        parts.append(figure(figures.expert_load_map(load), told))
+        cells = [["client", "layer", "expert", "share"], *_shares(load)]
+        parts.append(figure(figures.expert_load_map(load), told, cells))
     if drift:
         layers = [f"layer {i}" for i in range(len(next(iter(drift.values()))))]
-        plot = figures.heat_map([list(d) for d in drift.values()], list(drift), layers, "drift")
+        rows = {name: list(map(float, d)) for name, d in drift.items()}
+        plot = figures.heat_map(list(rows.values()), list(rows), layers, "drift")
         told = (
             f"Drift of each client's expert load from the base's when last measured ({method}), mean over "
             "seeds. From metrics.jsonl."
         )
-        parts.append(figure(plot, told))
+        parts.append(figure(plot, told, matrix("client", rows, layers)))
     return "".join(parts)
 
 
@@ -123,12 +127,35 @@ def _gates(group: Sequence[FinishedRun]) -> str:
             plot,
             f"How open each client's gates are at the end ({run.method}, seed {run.seed}). "
             "From results.json.",
+            matrix("client", openness, layers),
         ),
     ]
     rounds = openness_by_round(group)
     if rounds:
-        rows = [f"round {round_}" for round_ in rounds]
-        plot = figures.heat_map([list(g) for g in rounds.values()], rows, layers, "mean gate σ")
+        rows = {f"round {round_}": list(map(float, g)) for round_, g in rounds.items()}
+        plot = figures.heat_map(list(rows.values()), list(rows), layers, "mean gate σ")
         told = f"How open gates are over the rounds ({run.method}), mean over clients and seeds."
-        parts.append(figure(plot, f"{told} From metrics.jsonl."))
+        cells = matrix("round", rows, layers)
+        parts.append(figure(plot, f"{told} From metrics.jsonl.", cells))
     return "".join(parts)
+
+
+def _layers(methods: Mapping[str, Rounds]) -> list[list[object]]:
+    """Return what a plot of layers over the rounds shows."""
+    layers = len(next(iter(next(iter(methods.values())).values())))
+    head: list[object] = ["method", "round", *(f"layer {i}" for i in range(layers))]
+    return [
+        head,
+        *(
+            [method, round_, *map(float, values)]
+            for method, rounds in methods.items()
+            for round_, values in rounds.items()
+        ),
+    ]
+
+
+def _shares(load: Mapping[str, ExpertLoad]) -> Iterator[list[object]]:
+    for client, own in load.items():
+        for layer in range(len(own.num_experts)):
+            for expert, share in enumerate(own.layer(layer)):
+                yield [client, layer, expert, share]

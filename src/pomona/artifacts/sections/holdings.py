@@ -6,7 +6,7 @@ from pydantic import TypeAdapter
 
 from pomona.artifacts.finished import FinishedRun
 from pomona.artifacts.holdings import holdings_map
-from pomona.artifacts.page import figure, heading, note, table
+from pomona.artifacts.page import figure, heading, matrix, note, table
 from pomona.data.duplicates import told
 from pomona.federation.holdings import Holdings
 
@@ -36,7 +36,7 @@ def _held(held: Holdings, whose: str) -> str:
     caption = f"Train rows per client and category{whose}. From results.json."
     sentence = told(found)
     return (
-        figure(holdings_map(held), caption)
+        figure(holdings_map(held), caption, matrix("client", held.train, held.categories))
         + table(_HEADER, body)
         + note(f"{sentence[:1].upper()}{sentence[1:]}.")
     )
