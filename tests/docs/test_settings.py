@@ -15,7 +15,9 @@ from pomona.recipe.registries import REGISTRIES
 ROOTS = (FederateSettings, ReconstructRecipe, Policy)
 FOUND = {cls for root in ROOTS for cls in tables(root)}
 MEMBERS = {cls for kind in FOUND & REGISTRIES.keys() for cls in REGISTRIES[kind].values()}
-CLASSES = sorted((FOUND - REGISTRIES.keys()) | MEMBERS, key=lambda cls: f"{cls.__module__}.{cls.__name__}")
+CLASSES = sorted(
+    (FOUND - REGISTRIES.keys()) | MEMBERS, key=lambda cls: f"{cls.__module__}.{cls.__name__}"
+)
 
 
 def test_every_registry_can_be_reached():

@@ -25,7 +25,7 @@ def _licence(card: Path) -> str | None:
     if not card.is_file():
         return None
     try:
-        return ModelCard.load(card, ignore_metadata_errors=True).data.license
+        return ModelCard.load(card, ignore_metadata_errors=True).data.to_dict().get("license")
     except (ValueError, OSError, yaml.YAMLError):  # somebody else's, and not ours to mend
         return None
 

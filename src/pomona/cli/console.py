@@ -75,8 +75,10 @@ class _Bars:
     def progress(self, stage: str, done: int, total: int, figures: Figures = NONE, /) -> None:
         if stage not in self.stages:
             self.stages[stage] = self.drawn.add_task(stage, total=total, figures="")
-        shown = {"figures": _shown(figures)} if figures else {}
-        self.drawn.update(self.stages[stage], completed=done, total=total, **shown)
+        task = self.stages[stage]
+        self.drawn.update(task, completed=done, total=total)
+        if figures:
+            self.drawn.update(task, figures=_shown(figures))
 
     def complete(self) -> None:
         for task in self.drawn.tasks:
