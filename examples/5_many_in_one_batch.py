@@ -3,10 +3,10 @@
 import sys
 from pathlib import Path
 
-from pomona.artifacts.personal import PersonalModel
+from pomona.artifacts.personal import PersonalModel, clients_of_run
 from pomona.serving.answering import Answering
 from pomona.serving.asked import Asked, prompt_tokens
-from pomona.serving.models import clients_of_run, load_served
+from pomona.serving.models import load_served
 
 mixture, run = sys.argv[1], Path(sys.argv[2])
 served, tokenizer = load_served(clients_of_run(run, PersonalModel(mixture)))

@@ -95,7 +95,7 @@ def test_the_story_in_small(tmp_path, monkeypatch):
 
     monkeypatch.setattr(story, "settings_of", short)
     stages = []
-    runs, page = story.tell(tmp_path, 0, lambda stage, done, total: stages.append(stage))
+    runs, page = story.tell(tmp_path, 0, lambda stage, *_: stages.append(stage))
     assert [run.method for run in load_runs(runs)] == ["local-only", "FedAvg", "FLEx"]
     assert page.is_file()
     assert {"calibrating", "FLEx rounds"} <= set(stages)

@@ -240,7 +240,7 @@ def test_interrupted_retraining_goes_on_to_the_same_bytes(dense_dir, tmp_path, m
     reconstruct(dense_dir, DOMAINS, tmp_path / "whole", settings)
     seen = []
 
-    def progress(stage, done, _total):
+    def progress(stage, done, _total, *_figures):
         if stage.startswith("retraining"):
             seen.append(done)
             if len(seen) == stop:
